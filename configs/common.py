@@ -1,0 +1,133 @@
+"""What the experiments share: every key there is, with its default."""
+
+import types
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """A complete DistillFSS config, locked: an unknown key is an error."""
+  config = ConfigDict()
+  config.name = 'common'
+  config.system = 'distillfss'  # a file of distillfss_jax/systems
+  config.student = 'full'  # full | light | attention
+  config.seed = 0  # of initial values, dropout and drawn episodes
+  # frozen: the backbone stays in evaluation mode, and is run once per image.
+  # reference: what the original's model.train() does to its frozen backbone.
+  config.backbone_mode = 'frozen'
+
+  config.data = ConfigDict()
+  config.data.name = 'synthetic'  # a file of distillfss_jax/data
+  config.data.args = ConfigDict()  # for that file's load()
+  config.data.image_size = 384
+  config.data.workers = 0  # processes that decode test images
+
+  config.support = ConfigDict()
+  config.support.shots = 5
+  config.support.rule = 'even'  # even (the reference's) | random
+  config.support.seed = 0  # of the random rule
+
+  config.episodes = ConfigDict()
+  config.episodes.kind = 'leave_one_out'  # | paired | random
+  config.episodes.subsample = 1  # shots of an episode; 0 for all others
+  config.episodes.draws = 0  # episodes of a step; 0 for one per support image
+
+  config.model = ConfigDict()
+  config.model.backbone = (
+    'resnet50'  # of the tables in distillfss_jax/backbones
+  )
+  config.model.backbone_fields = ConfigDict()  # for its constructor
+  config.model.heads = 8
+  config.model.dropout = 0.5
+  config.model.positional = True
+  config.model.concat_support = False
+  config.model.voting = 0  # shots that answer together; 0 for all
+  config.model.mix_size = 0  # side of what enters the mixers; 0 for stride 4's
+  config.model.dtype = 'float32'  # | bfloat16
+
+  config.loss = ConfigDict()
+  config.loss.gamma = 2.0
+  config.loss.teacher = 1 / 3  # weights of the three terms
+  config.loss.student = 1 / 3
+  config.loss.coarse = 1 / 3
+  config.loss.detach = False  # whether coarse maps only pull the student
+  config.loss.scale = 'reference'  # sum over episodes / 3 | mean
+
+  config.optim = ConfigDict()
+  config.optim.lr = 1e-3
+  config.optim.schedule = 'constant'  # | cosine, to 0 at the last step
+  config.optim.b1 = 0.9
+  config.optim.b2 = 0.999
+  config.optim.weight_decay = 0.01
+  config.optim.trainable = (
+    'D',
+    'student',
+  )  # sets A-D, student, backbone, regex
+
+  config.steps = 1000  # sweeps over all episodes
+  config.micro_batch = 0  # episodes at once per device; 0 chooses
+  config.log_every = 10
+  config.checkpoint_every = 100
+
+  config.eval = ConfigDict()
+  config.eval.every = 0  # steps between tests on the way; 0 for none
+  config.eval.batch_size = 4
+  config.eval.native = True  # also score at the images' own size
+  config.eval.untrained = False  # also score the initial model
+  config.eval.brightness = False  # also score a brightness threshold
+  config.eval.panels = 8  # test images to show
+  return config.lock()
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+  """The same experiment in a minute: tiny images, backbone and step count."""
+  config.data.image_size = 64
+  config.model.backbone = 'resnet_tiny'
+  config.steps = 4
+  config.log_every = 2
+  config.checkpoint_every = 2
+  config.eval.panels = 2
+  if config.data.name == 'synthetic':
+    config.data.args.update(num_test=4, image_size=64)
+  return config
+
+
+def parse(arg: str | None, *, defaults: dict | None = None, **known):
+  """Reads what follows the colon of --config: 'shots=10,smoke'.
+
+  Args:
+    arg: the text, or None.
+    defaults: of the numbers.
+    **known: for each name, the values it may have (the first is the default),
+      `int`, or False for a flag.
+
+  Raises:
+    ValueError: a name or value that is not known; says what is.
+  """
+  defaults = defaults or {}
+  values = {
+    name: kind[0] if isinstance(kind, tuple) else defaults.get(name, kind)
+    for name, kind in known.items()
+  }
+  for item in filter(None, (arg or '').split(',')):
+    name, _, text = item.partition('=')
+    if name not in known:
+      raise ValueError(
+        f'no config argument {name!r}; there are: {", ".join(known)}'
+      )
+    kind = known[name]
+    if kind is False:
+      if text not in ('', 'True', 'False'):
+        raise ValueError(f'{name} is a flag, without a value; got {text!r}')
+      values[name] = text != 'False'
+    elif kind is int:
+      if not text.isdecimal():
+        raise ValueError(f'{name} needs a whole number, got {text!r}')
+      values[name] = int(text)
+    elif text in kind:
+      values[name] = text
+    else:
+      raise ValueError(
+        f'{name}={text!r} is not known; there are: {", ".join(kind)}'
+      )
+  return types.SimpleNamespace(**values)

@@ -1,0 +1,43 @@
+"""A few minutes on a laptop: synthetic nuclei, a small backbone, all the steps.
+
+    python -m distillfss_jax.main --config configs/demo.py
+
+Data are drawn from a seed and nothing is downloaded. `:smoke` takes seconds.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+  """A small DistillFSS run; see the module's docstring for `arg`."""
+  arg = common.parse(arg, smoke=False)
+  config = common.get_config()
+  with config.unlocked():
+    config.data.args.update(
+      num_train=64,
+      num_test=32,
+      image_size=96,
+      classes=1,
+      seed=0,
+      zoom=2.0,
+      light='transmission',
+    )
+  config.name = 'demo'
+  config.student = 'light'
+  config.data.image_size = 96
+  config.support.shots = 40
+  # A small backbone without weights has to learn too. What counts for it is
+  # the number of steps, so a step is one random episode instead of all 40.
+  config.model.backbone = 'resnet_tiny'
+  config.optim.trainable = ('D', 'student', 'backbone')
+  config.episodes.kind = 'random'
+  config.episodes.draws = 1
+  config.loss.scale = 'mean'
+  config.optim.schedule = 'cosine'
+  config.steps = 1200
+  config.log_every = 50
+  config.checkpoint_every = 200
+  config.eval.batch_size = 8
+  config.eval.untrained = True
+  config.eval.brightness = True
+  return common.smoke(config) if arg.smoke else config

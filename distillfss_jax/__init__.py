@@ -1,0 +1,3 @@
+"""Few-shot segmentation distillation in JAX and Flax NNX."""
+
+__version__ = '0.1.0'

@@ -1,0 +1,33 @@
+"""Image encoders: images to a four-stage pyramid."""
+
+import importlib
+import inspect
+import pkgutil
+
+from flax import nnx
+
+
+def variants() -> dict:
+  """Every backbone by name: the `variants` tables of all files here."""
+  found = {}
+  for module in pkgutil.iter_modules(__path__):
+    found |= importlib.import_module(f'{__name__}.{module.name}').variants
+  return found
+
+
+def build(name: str, *, image_size: int, rngs: nnx.Rngs, **fields):
+  """A backbone for square images of a size; `fields` go to its constructor.
+
+  Raises:
+    ValueError: there is no such backbone, or it does not take that size.
+  """
+  known = variants()
+  if name not in known:
+    raise ValueError(
+      f'no backbone {name!r}; there are: {", ".join(sorted(known))}'
+    )
+  variant = known[name]
+  # NNX hides a module's own signature; that of its __init__ stays.
+  if 'image_size' in inspect.signature(variant.func.__init__).parameters:
+    fields = {'image_size': image_size} | fields
+  return variant(rngs=rngs, **fields)

@@ -1,0 +1,1 @@
+"""Datasets, support sets, episodes and the grain pipelines that feed them."""

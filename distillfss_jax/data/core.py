@@ -1,0 +1,327 @@
+"""What a dataset is, and how a raw download becomes one.
+
+A dataset's file in this folder has `load(**kwargs) -> Dataset`; one that lies
+on disk also has `prepare(raw, data_dir, ...)`, which turns its owners' download
+into ArrayRecord once, through a TFDS builder. Beside the records lies a
+manifest with the id, the size and the labels of every record, so that choosing
+a support set or ordering a test set decodes nothing.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import io
+import json
+import logging
+import pathlib
+import pkgutil
+import tempfile
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+from tqdm import tqdm
+
+from distillfss_jax import data
+
+MANIFEST = 'manifest.json'
+_NOT_DATASETS = ('core', 'pipeline', 'support', 'transforms')
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """Named classes and two random-access sources of records.
+
+  A source has `len`, `ids` (tuple of str), `sizes` (int32 [N, 2], rows and
+  columns), `present` (bool [N, n], which class occurs) and `[i]`, a record:
+  'image' uint8 [H, W, 3], 'label' uint8 [H, W] (0 background, 1..n, 255 void)
+  and 'id' str. Sources can be pickled.
+  """
+
+  name: str
+  classes: tuple[str, ...]  # of labels 1..n
+  palette: tuple[tuple[int, int, int], ...]  # of labels 0..n
+  train: Sequence
+  test: Sequence
+
+
+def names():
+  """Lists the datasets that exist."""
+  modules = (module.name for module in pkgutil.iter_modules(data.__path__))
+  return tuple(sorted(set(modules) - set(_NOT_DATASETS)))
+
+
+def module(name):
+  """Imports the file of a dataset; ValueError lists those that exist."""
+  if name not in names():
+    raise ValueError(f'no dataset {name!r}; there are: {", ".join(names())}')
+  return importlib.import_module(f'{data.__name__}.{name}')
+
+
+def load(name, **kwargs):
+  """Loads a dataset by the name of its file."""
+  return module(name).load(**kwargs)
+
+
+class _Info(tfds.core.DatasetInfo):
+  """What a prepared dataset is; does not ask Google's servers about it."""
+
+  def initialize_from_bucket(self):
+    """Does nothing: the dataset is the user's own."""
+
+
+class SegmentationBuilder(
+  tfds.core.GeneratorBasedBuilder, skip_registration=True
+):
+  """The TFDS builder all datasets on disk share: PNG image and PNG label.
+
+  A dataset derives from it, gives VERSION, CLASSES, PALETTE and a docstring,
+  and calls `write`. Sizes are kept as the owners publish them.
+  """
+
+  CLASSES: tuple[str, ...]
+  PALETTE: tuple[tuple[int, int, int], ...]
+  splits = None  # dict of split name -> list of Checked; `write` sets both
+  manifest = None
+
+  def _info(self):
+    encoded = functools.partial(tfds.features.Image, encoding_format='png')
+    return _Info(
+      builder=self,
+      description=type(self).__doc__,
+      features=tfds.features.FeaturesDict(
+        {
+          'image': encoded(shape=(None, None, 3)),
+          'label': encoded(shape=(None, None, 1)),
+          'id': tfds.features.Text(),
+          'height': tfds.features.Scalar(np.int32),
+          'width': tfds.features.Scalar(np.int32),
+        }
+      ),
+      disable_shuffling=True,  # the manifest lists the records in their order
+    )
+
+  def _download_and_prepare(self, *args, **kwargs):
+    if self.splits is None:
+      raise ValueError(unprepared(type(self), self.data_path.parents[1]))
+    super()._download_and_prepare(*args, **kwargs)
+    (self.data_path / MANIFEST).write_text(json.dumps(self.manifest, indent=1))
+
+  def _split_generators(self, dl_manager):
+    del dl_manager  # the owners' download is read by `prepare`
+    return {
+      name: self._generate_examples(name, checked)
+      for name, checked in self.splits.items()
+    }
+
+  def _generate_examples(self, split, checked):
+    for i, one in enumerate(_bar(checked, f'writing {split}')):
+      yield (
+        i,
+        {
+          'image': io.BytesIO(png(one.image())),
+          'label': io.BytesIO(one.label),
+          'id': one.id,
+          'height': one.size[0],
+          'width': one.size[1],
+        },
+      )
+
+
+class BadFileError(ValueError):
+  """A file of a raw download that cannot be used; the message names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+  """One image of a raw download that was read through and found good."""
+
+  id: str
+  image: Callable  # () -> uint8 [H, W, 3], read again when it is written
+  label: bytes  # PNG
+  size: tuple[int, int]
+  present: tuple[int, ...]  # labels that occur, without background and void
+
+
+def png(array):
+  """Encodes uint8 [H, W] or [H, W, 3] as PNG: fast, a little larger."""
+  buffer = io.BytesIO()
+  Image.fromarray(array).save(buffer, 'PNG', compress_level=2)
+  return buffer.getvalue()
+
+
+def decode(contents, name, mode):
+  """Decodes an image file to uint8: [H, W, 3] in 'RGB', [H, W] in 'L'.
+
+  Alpha is dropped, not blended. Raises BadFileError where Pillow fails.
+  """
+  try:
+    return np.asarray(Image.open(io.BytesIO(contents)).convert(mode))
+  except (
+    OSError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+  ) as error:
+    reason = str(error).replace('\n', ' ')
+    raise BadFileError(f'{name}: cannot be decoded ({reason})') from error
+
+
+def _bar(items, what):
+  return tqdm(items, desc=what, unit='image', mininterval=0.5)
+
+
+def check(ids, image, label, *, skip_bad):
+  """Reads a whole raw download through before anything is written.
+
+  Args:
+    ids: of the images.
+    image: id -> uint8 [H, W, 3]; may raise BadFileError.
+    label: (id, (H, W)) -> uint8 [H, W]; may raise BadFileError.
+    skip_bad: leave out images with a bad file instead of failing.
+
+  Returns:
+    (list of Checked in the order of ids, dict of left out id -> reason).
+
+  Raises:
+    ValueError: naming every bad file.
+  """
+
+  def one(id_):
+    try:
+      pixels = image(id_)
+      made = label(id_, pixels.shape[:2])
+    except BadFileError as error:
+      return str(error)
+    present = tuple(int(v) for v in np.unique(made) if v not in (0, 255))
+    read = functools.partial(image, id_)
+    return Checked(id_, read, png(made), pixels.shape[:2], present)
+
+  found = [one(id_) for id_ in _bar(ids, 'checking')]
+  good = [x for x in found if isinstance(x, Checked)]
+  bad = {i: x for i, x in zip(ids, found, strict=True) if isinstance(x, str)}
+  if bad and not skip_bad:
+    raise ValueError(
+      f'{len(bad)} of {len(ids)} images cannot be used: '
+      f'{"; ".join(bad.values())}. Repair them, or leave them out with '
+      '--skip_bad'
+    )
+  if not good:
+    raise ValueError(f'none of the {len(ids)} images can be used')
+  return good, bad
+
+
+def folder(builder, data_dir):
+  """Where the records of a builder class lie under `data_dir`."""
+  root = pathlib.Path(data_dir).expanduser()
+  return root / builder.name / str(builder.VERSION)
+
+
+def unprepared(builder, data_dir):
+  """Says what to do when the records are not there."""
+  return (
+    f'{builder.name} is not prepared in {str(data_dir)!r}: run python -m '
+    f'distillfss_jax.prepare --dataset {builder.name} --raw <folder or zip> '
+    f'--data_dir {data_dir}'
+  )
+
+
+def manifest(builder, data_dir):
+  """Reads the manifest of a prepared dataset, or None where there is none."""
+  path = folder(builder, data_dir) / MANIFEST
+  return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write(builder, data_dir, splits, skipped):
+  """Writes checked images as ArrayRecord, all of them or nothing.
+
+  Records and manifest are made in a folder of another name that is renamed
+  when it is whole; what an interrupted run left of such folders is removed.
+
+  Args:
+    builder: subclass of SegmentationBuilder.
+    data_dir: folder of all prepared datasets.
+    splits: dict of split name -> list of Checked, none empty.
+    skipped: dict of left out id -> reason, for the manifest.
+
+  Returns:
+    The manifest, a dict.
+  """
+  place = folder(builder, data_dir)
+  if place.exists():
+    raise ValueError(
+      f'{place} exists but holds no whole dataset: remove it and start again'
+    )
+  for left in place.parent.glob(f'incomplete.*_{place.name}'):
+    logging.info('removing %s, left by an interrupted run', left)
+    tfds.core.Path(left).rmtree()
+  rows = [
+    {
+      'id': one.id,
+      'split': split,
+      'index': i,
+      'size': list(one.size),
+      'present': list(one.present),
+    }
+    for split, checked in splits.items()
+    for i, one in enumerate(checked)
+  ]
+  tfds.disable_progress_bar()  # ours counts images
+  task = builder(data_dir=str(place.parents[1]))
+  task.splits = splits
+  task.manifest = {'name': builder.name, 'records': rows, 'skipped': skipped}
+  with (
+    tempfile.TemporaryDirectory() as nothing,  # for downloads of TFDS: none
+    contextlib.redirect_stdout(None),  # where it says that it downloads
+  ):
+    task.download_and_prepare(file_format='array_record', download_dir=nothing)
+  return task.manifest
+
+
+class Prepared(Sequence):
+  """Records of a prepared folder, in the order of `rows` of its manifest."""
+
+  def __init__(self, place, rows, ways):
+    """Takes the folder, rows of the manifest and the number of classes."""
+    self._place = str(place)
+    self._where = tuple((row['split'], row['index']) for row in rows)
+    self.ids = tuple(row['id'] for row in rows)
+    sizes = [row['size'] for row in rows]
+    self.sizes = np.array(sizes, np.int32).reshape(-1, 2)
+    self.present = np.zeros((len(rows), ways), bool)
+    for i, row in enumerate(rows):
+      self.present[i, np.array(row['present'], int) - 1] = True
+
+  @functools.cached_property
+  def _sources(self):
+    builder = tfds.builder_from_directory(self._place)
+    splits = sorted({split for split, _ in self._where})
+    # Pillow decodes: TFDS would take OpenCV where there is one, and ask for it.
+    encoded = dict.fromkeys(('image', 'label'), tfds.decode.SkipDecoding())
+    return {
+      split: builder.as_data_source(split, decoders=encoded) for split in splits
+    }
+
+  def __getstate__(self):
+    """Drops the open files: each worker opens its own."""
+    return {k: v for k, v in self.__dict__.items() if k != '_sources'}
+
+  def __len__(self):
+    return len(self.ids)
+
+  def __getitem__(self, i):
+    split, index = self._where[i]
+    record = self._sources[split][index]
+    found = record['id'].decode()
+    if found != self.ids[i]:
+      raise ValueError(
+        f'{self._place} is damaged: record {index} of {split} is {found}, its '
+        f'manifest says {self.ids[i]}; remove the folder and prepare it again'
+      )
+    return {
+      'image': decode(record['image'], f'image of {found}', 'RGB'),
+      'label': decode(record['label'], f'label of {found}', 'L'),
+      'id': found,
+    }

@@ -1,0 +1,227 @@
+"""Grain pipelines: the support set, the test batches, the tables of episodes.
+
+What leaves them is NumPy of few shapes; pixels stay uint8, the device
+normalises and resizes them.
+"""
+# ruff: noqa: PT028  (test_batches is not a test)
+
+import dataclasses
+
+import grain
+import numpy as np
+from absl import flags
+
+from distillfss_jax.data import transforms
+from distillfss_jax.types import VOID
+
+
+@dataclasses.dataclass(frozen=True)
+class SupportSet:
+  """Decoded and resized support images.
+
+  images uint8 [m, S, S, 3]; labels uint8 [m, S, S], 0..n and 255 void;
+  ids: m of them.
+  """
+
+  images: np.ndarray
+  labels: np.ndarray
+  ids: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Picked:
+  """Source of (position, record) at the given indices; -1 is a missing one."""
+
+  source: object
+  indices: tuple[int, ...]
+
+  def __len__(self):
+    return len(self.indices)
+
+  def __getitem__(self, i):
+    index = self.indices[i]
+    return i, None if index < 0 else self.source[index]
+
+
+def _resized(record, size):
+  return {
+    'images': transforms.resize_image(record['image'], size),
+    'labels': transforms.resize_label(record['label'], size),
+  }
+
+
+def load_support(dataset, indices, image_size):
+  """Reads support images into memory.
+
+  Args:
+    dataset: a `core.Dataset`.
+    indices: into dataset.train, as `support.choose` gives them.
+    image_size: S.
+
+  Returns:
+    A SupportSet in the order of the indices.
+  """
+  picked = _Picked(dataset.train, tuple(int(i) for i in indices))
+  records = grain.MapDataset.source(picked).map(
+    lambda item: {**_resized(item[1], image_size), 'id': item[1]['id']}
+  )
+  records = list(records.to_iter_dataset(_read_options(4)))
+  return SupportSet(
+    np.stack([record['images'] for record in records]),
+    np.stack([record['labels'] for record in records]),
+    tuple(record['id'] for record in records),
+  )
+
+
+def canvas(size):
+  """Rounds (rows, columns) up to one of few squares.
+
+  256, 512, 768, 1024, 1536, 2048, 3072, ...: powers of two and the sums of two
+  neighbours, so that native-size scoring compiles a handful of shapes.
+  """
+  longest, side = max(size), 256
+  while side < longest:
+    # 2^k (one bit set) goes to 1.5 * 2^k, that to 2^(k+1); 256 to 512.
+    power = side & (side - 1) == 0
+    side = (
+      side * 2 if side == 256 else side * 3 // 2 if power else side * 4 // 3
+    )
+  return side, side
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepare:
+  """Makes (position, record) ready to be batched; picklable for workers."""
+
+  indices: tuple[int, ...]
+  canvases: tuple[tuple[int, int], ...] | None
+  size: int
+
+  def __call__(self, item):
+    position, record = item
+    valid = record is not None
+    if valid:
+      made = _resized(record, self.size)
+    else:
+      made = {
+        'images': np.zeros((self.size, self.size, 3), np.uint8),
+        'labels': np.full((self.size, self.size), VOID, np.uint8),
+      }
+    made['valid'] = np.bool_(valid)
+    made['index'] = np.int32(self.indices[position])
+    if self.canvases is not None:
+      label = record['label'] if valid else np.zeros((0, 0), np.uint8)
+      native = np.full(self.canvases[position], VOID, np.uint8)
+      native[: label.shape[0], : label.shape[1]] = label
+      made['native_labels'] = native
+      made['sizes'] = np.array(label.shape if valid else (1, 1), np.int32)
+    return made
+
+
+def test_batches(
+  dataset, *, image_size, batch_size, native, workers=0, shard=(0, 1)
+):
+  """Batches the test images, each once, ordered by size.
+
+  Args:
+    dataset: a `core.Dataset`.
+    image_size: S, side of what the model sees.
+    batch_size: B, per process.
+    native: also give the labels at the size they were published in.
+    workers: processes that decode; 0 decodes in threads of this one.
+    shard: (index, count) of this process; all have equally many batches, and
+      batches of the same place have the same shapes in all of them.
+
+  Returns:
+    grain IterDataset of dicts: images uint8 [B, S, S, 3], labels uint8
+    [B, S, S], valid bool [B] (False pads the last batches; such records are
+    void), index int32 [B] into dataset.test, -1 where not valid. With native
+    also native_labels uint8 [B, Hc, Wc], padded with 255 to one of few sizes
+    (`canvas`), and sizes int32 [B, 2], rows and columns before padding.
+  """
+  part, parts = shard
+  if batch_size < 1 or not 0 <= part < parts:
+    raise ValueError(
+      f'need batch_size >= 1 and 0 <= index < count, got {batch_size} and '
+      f'shard {shard}'
+    )
+  if not len(dataset.test):
+    raise ValueError(f'{dataset.name} has no test images')
+  sizes = np.asarray(dataset.test.sizes)
+  order = np.lexsort(
+    (np.arange(len(sizes)), sizes[:, 1], sizes[:, 0], sizes.max(axis=1))
+  )
+  together = batch_size * parts
+  order = np.append(order, np.full(-len(order) % together, -1))
+  groups = order.reshape(-1, together)
+  mine = groups[:, part * batch_size : (part + 1) * batch_size].ravel()
+  canvases = None
+  if native:
+    largest = (canvas(sizes[group[group >= 0]].max(axis=0)) for group in groups)
+    canvases = tuple(c for c in largest for _ in range(batch_size))
+  indices = tuple(mine.tolist())
+  batches = (
+    grain.MapDataset.source(_Picked(dataset.test, indices))
+    .map(_Prepare(indices, canvases, image_size))
+    .batch(batch_size)
+    .to_iter_dataset(_read_options(4))
+  )
+  if workers:
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()  # outside app.run grain's flags would fail
+    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
+    batches = batches.mp_prefetch(options)
+  return batches
+
+
+test_batches.__test__ = False  # for pytest: not a test
+
+
+def _read_options(ahead):
+  """Reads few elements ahead: grain's own 500 would be the whole test set."""
+  return grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dispatches:
+  """Source of the tables of `per_dispatch` consecutive steps."""
+
+  tables: object
+  steps: int
+  per_dispatch: int
+
+  def __len__(self):
+    return -(-self.steps // self.per_dispatch)
+
+  def __getitem__(self, i):
+    first = i * self.per_dispatch
+    count = min(self.per_dispatch, self.steps - first)
+    made = [self.tables(step) for step in range(first, first + count)]
+    table, valid = (np.stack(column) for column in zip(*made, strict=True))
+    padding = self.per_dispatch - count
+    return {
+      'table': np.pad(table, ((0, padding), (0, 0), (0, 0))),
+      'valid': np.pad(valid, ((0, padding), (0, 0))),
+      'count': np.int32(count),
+    }
+
+
+def step_tables(tables, *, steps, per_dispatch):
+  """Gives the episodes of every dispatch; the iterator can be checkpointed.
+
+  Args:
+    tables: step -> (int32 [e, 1+s], bool [e]), from `support.episode_tables`.
+    steps: how many there are.
+    per_dispatch: steps that one call of the compiled program takes.
+
+  Returns:
+    grain IterDataset of dicts: table int32 [per_dispatch, e, 1+s], valid bool
+    [per_dispatch, e], count int32, how many of the steps are real: the others,
+    at the end of the last dispatch, are zeros and not valid.
+  """
+  if steps < 1 or per_dispatch < 1:
+    raise ValueError(
+      f'need steps and per_dispatch >= 1, got {steps} and {per_dispatch}'
+    )
+  source = _Dispatches(tables, steps, per_dispatch)
+  return grain.MapDataset.source(source).to_iter_dataset(_read_options(2))

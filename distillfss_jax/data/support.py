@@ -1,0 +1,309 @@
+"""Which images are the support set, and which episodes one step is made of.
+
+Everything here is a pure function of its arguments: two machines, or a run that
+was killed and went on, choose the same images. Numpy only.
+"""
+
+import itertools
+
+import numpy as np
+
+KINDS = ('leave_one_out', 'paired', 'random')
+RULES = ('even', 'random')
+
+
+class TorchRandom:
+  """The stream behind `torch.manual_seed(seed)` on the CPU.
+
+  The reference draws its episodes from it, so that a run of ours can see the
+  same pairs in the same order. `drawn` counts the 32-bit words used so far.
+  """
+
+  def __init__(self, seed):
+    self._bits = np.random.MT19937()
+    legacy = np.random.RandomState(seed & 0xFFFFFFFF)
+    self._bits.state = legacy.get_state(legacy=False)
+    self.drawn = 0
+
+  def skip(self, count):
+    """Drops `count` words."""
+    self._bits.random_raw(count, output=False)
+    self.drawn += count
+
+  def permutation(self, n):
+    """Gives what `torch.randperm(n)` would, as an int64 array [n]."""
+    order = np.arange(n)
+    words = self._bits.random_raw(max(n - 1, 0))
+    self.drawn += len(words)
+    for i, word in enumerate(words):
+      j = i + int(word) % (n - i)
+      order[i], order[j] = order[j], order[i]
+    return order
+
+
+def hus(last, count):
+  """Spreads `count` indices over 0..last by halving (DistillFSS's rule).
+
+  Both ends first, then the middle of each gap from left to right, round after
+  round; an incomplete round falls in the left part. Nested for 5, 10, 25, 50.
+
+  Returns a sorted list of at most `count` indices: fewer where there are not
+  that many; [0, 0] for last 0 and count > 1, like the original.
+  """
+  if last < 0 or count < 1:
+    raise ValueError(f'need last >= 0 and count >= 1, got {last} and {count}')
+  if count == 1:
+    return [0]
+  chosen = [0, last]
+  while len(chosen) < count:
+    new = []
+    for low, high in itertools.pairwise(chosen):
+      middle = (low + high) // 2
+      if middle not in chosen:
+        new.append(middle)
+      if len(chosen) + len(new) >= count:
+        break
+    if not new:
+      break
+    chosen = sorted(chosen + new)
+  return chosen[:count]
+
+
+def choose(dataset, shots, seed=0, rule='even'):
+  """Chooses the support set out of the training images.
+
+  Args:
+    dataset: a `core.Dataset`; only ids and the list of labels that occur in
+      each image are read, no image is decoded.
+    shots: how many images.
+    seed: of rule 'random', 0 .. 2**32 - 1; a larger `shots` with the same seed
+      contains the smaller. Rule 'even' does not use it.
+    rule: 'even' is the reference's: `hus` over the training images in their
+      order. 'random' draws without replacement from the sorted ids.
+
+  Returns:
+    (indices int32 [shots] into dataset.train, tuple of their ids).
+
+  Raises:
+    ValueError: for an unknown rule, for fewer than one shot or more than there
+      are images, and for a class that no chosen image contains.
+  """
+  ids = tuple(dataset.train.ids)
+  if rule not in RULES:
+    raise ValueError(f'support rule {rule!r} is not one of {RULES}')
+  if shots < 1:
+    raise ValueError(f'need at least 1 shot, got {shots}')
+  if shots > len(ids):
+    raise ValueError(
+      f'{shots} shots asked for, but {dataset.name} has {len(ids)} training '
+      'images: ask for fewer shots'
+    )
+  if rule == 'even':
+    indices = hus(len(ids) - 1, shots)
+  else:
+    by_id = sorted(range(len(ids)), key=ids.__getitem__)
+    drawn = np.random.RandomState(seed).permutation(len(ids))[:shots]
+    indices = [by_id[i] for i in drawn]
+  chosen = tuple(ids[i] for i in indices)
+  leaked = sorted(set(chosen) & set(dataset.test.ids))
+  if leaked:
+    raise AssertionError(f'test images in the support set: {leaked}')
+  present = np.asarray(dataset.train.present)
+  absent = [
+    f'{name!r} ({present[:, c].sum()} of {len(ids)} training images have it)'
+    for c, name in enumerate(dataset.classes)
+    if not present[indices, c].any()
+  ]
+  if absent:
+    change = 'another seed or ' if rule == 'random' else "rule 'random' or "
+    raise ValueError(
+      f'no support for class {", ".join(absent)} among the {shots} chosen '
+      f'images of {dataset.name}: take {change}more shots'
+    )
+  return np.asarray(indices, np.int32), chosen
+
+
+def _thin(supports, subsample, generator):
+  """Keeps `subsample` of the supports the way the reference does.
+
+  Parity: (Q2) the first support always stays and the others are drawn without
+  the offset of one that this calls for: the first can come twice, the last
+  never. `random_episodes` is the repaired form.
+  """
+  if subsample is None:
+    return supports
+  drawn = generator.permutation(len(supports) - 1)[: subsample - 1]
+  return [supports[0], *(supports[i] for i in drawn)]
+
+
+def _width(images, subsample):
+  """Supports per episode; checks both numbers."""
+  if images < 2:
+    raise ValueError(
+      f'episodes need at least 2 support images, got {images}: one image '
+      'cannot be its own support; take more shots'
+    )
+  if subsample is None:
+    return images - 1
+  if subsample < 1:
+    raise ValueError(f'subsample must be None or at least 1, got {subsample}')
+  return min(subsample, images - 1)
+
+
+def leave_one_out(images, subsample, generator):
+  """Makes every image the query once, in the reference's order.
+
+  Args:
+    images: number of support images, m >= 2.
+    subsample: supports kept per episode, None for all m - 1.
+    generator: a `TorchRandom`; used only with `subsample`.
+
+  Returns:
+    int32 [m, 1+s], query first.
+  """
+  _width(images, subsample)
+  order, rows = list(range(images)), []
+  for t in range(images):
+    order.insert(0, order.pop(t))
+    rows.append([order[0], *_thin(order[1:], subsample, generator)])
+  return np.asarray(rows, np.int32)
+
+
+def paired(present, subsample, draws, generator):
+  """Draws pairs of images that share a class, in the reference's order.
+
+  Draw t looks for class t mod n: two different images that contain it become
+  the query and the first support; the others follow in the order the draws
+  before left them. With fewer than two such images the draw is skipped.
+
+  Args:
+    present: [m, n] bool, which class occurs in which image.
+    subsample: supports kept per episode, None for all m - 1.
+    draws: how many; the reference takes m, or 1 + n in its other setting.
+    generator: a `TorchRandom`.
+
+  Returns:
+    (int32 [draws, 1+s], query first; bool [draws], False for a skipped draw,
+    whose row is zeros).
+  """
+  present = np.asarray(present, bool)
+  images, ways = present.shape
+  width = _width(images, subsample)
+  pairs = []
+  for t in range(draws):
+    holders = np.flatnonzero(present[:, t % ways])
+    if len(holders) < 2:
+      pairs.append(None)
+    else:
+      pairs.append(holders[generator.permutation(len(holders))[:2]].tolist())
+  table = np.zeros((draws, 1 + width), np.int32)
+  valid = np.array([pair is not None for pair in pairs], bool)
+  order = list(range(images))
+  for t, pair in enumerate(pairs):
+    if pair is not None:
+      order = [*pair, *(i for i in order if i not in pair)]
+      table[t] = [order[0], *_thin(order[1:], subsample, generator)]
+  return table, valid
+
+
+def random_episodes(present, subsample, queries, generator):
+  """Draws the supports of each query uniformly among all other images.
+
+  Parity: (Q2) this is what the reference's subsampling was meant to be: without
+  replacement, any other image, never the query. One support, the first, is
+  drawn among the images that share a class with the query (with one class in
+  every image: all of them), so that an episode always has something to find;
+  for a query without foreground it is one that has some.
+
+  Args:
+    present: [m, n] bool, which class occurs in which image.
+    subsample: supports per episode, None for all m - 1.
+    queries: image index of each episode's query, [e].
+    generator: a `numpy.random.RandomState`.
+
+  Returns:
+    (int32 [e, 1+s], query first; bool [e], False where no other image would do,
+    whose row is zeros).
+  """
+  present = np.asarray(present, bool)
+  width = _width(len(present), subsample)
+  table = np.zeros((len(queries), 1 + width), np.int32)
+  valid = np.zeros(len(queries), bool)
+  for row, query in enumerate(queries):
+    wanted = present[query] if present[query].any() else slice(None)
+    partners = np.flatnonzero(present[:, wanted].any(axis=1))
+    partners = partners[partners != query]
+    if not len(partners):
+      continue
+    first = partners[generator.randint(len(partners))]
+    others = np.setdiff1d(np.arange(len(present)), (query, first))
+    rest = generator.permutation(others)[: width - 1]
+    table[row] = [query, first, *rest]
+    valid[row] = True
+  return table, valid
+
+
+def episode_tables(present, *, kind, subsample=None, seed=0, draws=None):
+  """Gives each optimisation step its episodes.
+
+  Args:
+    present: [m, n] bool, which class occurs in which support image.
+    kind: 'leave_one_out' or 'paired' (the reference's, on torch's random
+      stream), or 'random' (the repaired form).
+    subsample: supports per episode, None for all others.
+    seed: 0 .. 2**32 - 1.
+    draws: episodes per step; None for m. 'leave_one_out' always has m; 'random'
+      takes its queries in turn, going on where the step before stopped.
+
+  Returns:
+    A function step -> (int32 [e, 1+s], bool [e]), pure, so that a run can be
+    resumed at any step. Invalid rows must not count in the loss.
+
+  Raises:
+    ValueError: when the arguments do not fit, or would give no episode at all.
+  """
+  present = np.asarray(present, bool)
+  images = len(present)
+  _width(images, subsample)
+  if kind not in KINDS:
+    raise ValueError(f'kind of episodes {kind!r} is not one of {KINDS}')
+  if draws is not None and kind == 'leave_one_out':
+    raise ValueError(
+      f'leave_one_out has one episode per image, {images} here: draws must be '
+      f'None, got {draws}'
+    )
+  if draws is not None and draws < 1:
+    raise ValueError(f'draws must be None or at least 1, got {draws}')
+  count = images if draws is None else draws
+
+  def one_step(generator):
+    if kind == 'paired':
+      return paired(present, subsample, count, generator)
+    rows = leave_one_out(images, subsample, generator)
+    return rows, np.ones(images, bool)
+
+  def random(step):
+    queries = (step * count + np.arange(count)) % images
+    generator = np.random.RandomState([seed, step])
+    return random_episodes(present, subsample, queries, generator)
+
+  if kind == 'random':
+    some = any(random(step)[1].any() for step in range(images))
+  else:
+    probe = TorchRandom(seed)
+    some = one_step(probe)[1].any()
+    words = (
+      probe.drawn
+    )  # the same for every step: lengths do not depend on luck
+  if not some:
+    raise ValueError(
+      f'{kind} finds no two support images with a class in common: take more '
+      "shots, or 'leave_one_out'"
+    )
+
+  def reference(step):
+    generator = TorchRandom(seed)
+    generator.skip(step * words)
+    return one_step(generator)
+
+  return random if kind == 'random' else reference

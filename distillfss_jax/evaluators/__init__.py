@@ -1,0 +1,1 @@
+"""What is scored: a system on a dataset."""

@@ -1,0 +1,32 @@
+"""Writing a file whole or not at all."""
+
+import os
+import pathlib
+import tempfile
+
+
+def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
+  """Writes `data` to `path`: a reader sees the old file or the new, never half.
+
+  Text is stored as UTF-8. Missing parent folders are created.
+
+  Raises:
+    OSError: the folder cannot be written or the disk is full; the old file is
+      then still there, and no temporary file is left.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if isinstance(data, str):
+    data = data.encode()
+  handle, name = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
+  try:
+    with os.fdopen(handle, 'wb') as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    # mkstemp makes private files; results are meant to be read by others.
+    os.chmod(name, path.stat().st_mode if path.exists() else 0o644)
+    os.replace(name, path)
+  except BaseException:
+    os.unlink(name)
+    raise

@@ -1,0 +1,97 @@
+"""Runs one experiment: python -m distillfss_jax.main --config configs/demo.py.
+
+Values are changed by --config.name.key=value. Everything a run leaves lies in
+its folder, --workdir, by default runs/<config>-<time>.
+"""
+
+import itertools
+import pathlib
+import runpy
+import sys
+import time
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from distillfss_jax import train
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'The experiment: a file, and arguments after a colon.'
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, "The run's folder; by default runs/<config>-<time>."
+)
+
+
+def main(argv):
+  """Runs or resumes the experiment of the flags."""
+  if len(argv) > 1:
+    sys.exit(f'error: unknown arguments {argv[1:]}; see --help')
+  config = _CONFIG.value
+  if config is None:
+    sys.exit('error: --config is missing, such as --config configs/demo.py')
+  started = time.strftime('%Y%m%d-%H%M%S')
+  workdir = pathlib.Path(_WORKDIR.value or f'runs/{config.name}-{started}')
+  # The terminal shows progress and warnings; the rest goes to the run's log.
+  logging.set_verbosity(logging.WARNING)
+  logging.set_stderrthreshold('warning')
+  # Compiled programs are kept beside the runs: a second one starts at once.
+  cache = workdir.parent / '.compiled'
+  jax.config.update('jax_compilation_cache_dir', str(cache))
+  finished = (workdir / 'results.json').exists()
+  try:
+    results = train.run(config, workdir)
+  except (ValueError, TypeError, OSError) as error:
+    logging.info('where it failed', exc_info=True)
+    sys.exit(f'error: {error}')
+  if finished:
+    print(f'{workdir} holds a finished run: nothing is left to do')
+  if jax.process_index() == 0:
+    print(train.score_table(results))
+    print(f'\nfolder: {workdir}\nlook:   {workdir}/panels')
+    print(f'or:     tensorboard --logdir {workdir.parent}')
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses flags; whatever is wrong with them is one line on the terminal."""
+  try:
+    _check_keys(argv)
+    return flags.FLAGS(argv)
+  except (flags.Error, ValueError, TypeError, OSError) as error:
+    sys.exit(f'error: {" ".join(str(error).split())}')
+
+
+def _check_keys(argv):
+  """Raises ValueError for an override of a key that the config lacks."""
+  # ml_collections would raise from deep inside, without saying what exists.
+  args = [arg.lstrip('-') for arg in argv if arg.startswith('-')]
+  file = next((a[7:] for a in args if a.startswith('config=')), None)
+  if file is None:
+    pairs = itertools.pairwise(argv)
+    file = next((b for a, b in pairs if a.lstrip('-') == 'config'), None)
+  if file is None:
+    return
+  path, _, arg = file.partition(':')
+  if not pathlib.Path(path).is_file():
+    raise ValueError(f'no config {path}; there are: {_configs(path)}')
+  config = runpy.run_path(path)['get_config'](*([arg] if arg else []))
+  for name in (a.partition('=')[0] for a in args if a.startswith('config.')):
+    value = config
+    for key in name.split('.')[1:]:
+      known = list(value) if isinstance(value, ConfigDict) else []
+      if key not in known:
+        raise ValueError(
+          f'no key {key!r} in --{name}; there are: {", ".join(known) or "none"}'
+        )
+      value = value[key]
+
+
+def _configs(path):
+  folder = pathlib.Path(path).parent
+  files = folder if folder.is_dir() else pathlib.Path('configs')
+  return ', '.join(sorted(map(str, files.glob('[!_]*.py')))) or 'none'
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=parse)

@@ -1,0 +1,1 @@
+"""Few-shot segmenters and the students that imitate them."""

@@ -1,0 +1,136 @@
+"""What every few-shot segmenter is: encode, memorize, correlate, decode.
+
+    encode    images                -> pyramid      once per image
+    memorize  support pyramid, masks -> memory      once per support set
+    correlate pyramid, memory       -> coarse maps  the only look at the support
+    decode    pyramid, coarse maps  -> logits
+
+A student replaces `correlate` by a small function of the query's pyramid, and
+keeps the rest (`distilled.py`).
+"""
+
+import abc
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from distillfss_jax.ops import resize, ways
+from distillfss_jax.types import Array, Prediction, Pyramid
+
+# ImageNet's statistics of RGB in [0, 1], which the backbones expect.
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+def normalise(images: Array) -> Array:
+  """uint8 RGB to what the backbones expect; floats are taken as such."""
+  if images.dtype != jnp.uint8:
+    return images
+  return (images.astype(jnp.float32) / 255 - MEAN) / STD
+
+
+class FewShotSegmenter(nnx.Module):
+  """A binary few-shot segmenter; `segment` maps it over ways.
+
+  j counts *selections*: the ways, times the votes of each way when voting cuts
+  its shots into groups (`ops/ways.py`).
+
+  Attributes:
+    backbone: images [b, H, W, 3] to a pyramid.
+    voting: shots of a vote, or None.
+    dtype: of the arithmetic; parameters, softmax and logits stay float32.
+  """
+
+  backbone: nnx.Module
+  voting: int | None
+  dtype: str
+
+  def encode(self, images: Array) -> Pyramid:
+    """Images [..., H, W, 3], uint8 or normalised, to maps [..., l, h, w, c]."""
+    lead = images.shape[:-3]
+    flat = self.normalised(images.reshape(-1, *images.shape[-3:]))
+    pyramid = self.select(self.backbone(flat))
+    return tuple(x.reshape(*lead, *x.shape[1:]) for x in pyramid)
+
+  def normalised(self, images: Array) -> Array:
+    """Images as the backbone takes them, in `dtype`."""
+    return normalise(images).astype(self.dtype)
+
+  def select(self, pyramid: Pyramid) -> Pyramid:
+    """What of a backbone's pyramid the method reads; the rest is not kept."""
+    return pyramid
+
+  @abc.abstractmethod
+  def memorize(
+    self,
+    pyramid: Pyramid,
+    masks: Array,
+    present: Array,
+    *,
+    train: bool = False,
+    keys: Array | None = None,
+  ) -> Any:
+    """What a query needs of the support.
+
+    Args:
+      pyramid: of the support images, [b, s, l, h, w, c].
+      masks: [b, s, H, W, n] in {0, 1}, of any size.
+      present: [b, s, n] bool.
+      train: whether dropout acts; then `keys` [b] is one JAX key per episode.
+    """
+
+  @abc.abstractmethod
+  def correlate(
+    self,
+    pyramid: Pyramid,
+    memory: Any,
+    *,
+    train: bool = False,
+    keys: Array | None = None,
+  ) -> tuple[Array, ...]:
+    """Coarse maps [b, j, h, w, m] per level, in the pyramid's order.
+
+    The memory's b may be 1: every query then looks at the same support.
+    """
+
+  @abc.abstractmethod
+  def decode(
+    self, pyramid: Pyramid, coarse: tuple[Array, ...], memory: Any = None
+  ) -> Array:
+    """Logits [b, j, H, W, 2] at the decoder's own size."""
+
+  def segment(
+    self,
+    pyramid: Pyramid,
+    memory: Any,
+    size: tuple[int, int],
+    *,
+    train: bool = False,
+    keys: Array | None = None,
+  ) -> Prediction:
+    """Answers queries by looking at a memory, merged over ways.
+
+    `size` is that of the logits wanted, usually the images'.
+    """
+    coarse = self.correlate(pyramid, memory, train=train, keys=keys)
+    logits = self.decode(pyramid, coarse, memory)
+    return self.conclude(logits, coarse, memory.present, size)
+
+  def conclude(
+    self,
+    logits: Array,
+    coarse: tuple[Array, ...],
+    present: Array,
+    size: tuple[int, int],
+  ) -> Prediction:
+    """Resizes, votes and merges the binary answers [b, j, H, W, 2].
+
+    `present` [b, s, n, v] bool: the shots of each way's votes.
+    """
+    b = logits.shape[0]
+    some = jnp.broadcast_to(present.any(1), (b, *present.shape[2:]))
+    logits = resize.bilinear(logits.astype(jnp.float32), size)
+    logits = ways.vote(logits.reshape(*some.shape, *logits.shape[2:]), some)
+    return Prediction(ways.merge(logits, some.any(-1)), coarse)

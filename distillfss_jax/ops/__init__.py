@@ -1,0 +1,1 @@
+"""Pure functions on arrays: resizing, attention, losses and scores."""

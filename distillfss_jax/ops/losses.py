@@ -1,0 +1,53 @@
+"""What is minimised, one number per episode."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from distillfss_jax.types import VOID
+
+
+def focal(logits: Array, labels: Array, gamma: float = 2.0) -> Array:
+  """Focal loss (1708.02002), mean over pixels.
+
+  Args:
+    logits: [b, H, W, 1+n].
+    labels: [b, H, W] int; `VOID` pixels add nothing.
+    gamma: how much sure pixels are discounted; 0 is cross-entropy.
+
+  Returns:
+    [b]. The gradient flows through the discount too.
+  """
+  void = labels == VOID
+  index = jnp.where(void, 0, labels)[..., None]
+  log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), index, -1)[..., 0]
+  # Parity: void pixels count in the mean's denominator, as in the original.
+  loss = -log_p
+  if gamma:
+    # Above 0, so that a sure pixel's gradient is finite for gamma below 1 too.
+    loss = jnp.maximum(1 - jnp.exp(log_p), 1e-12) ** gamma * loss
+  loss = jnp.where(void, 0, loss)
+  return loss.mean((1, 2))
+
+
+def coarse_mse(
+  teacher: tuple[Array, ...], student: tuple[Array, ...], some: Array
+) -> Array:
+  """Distance of the student's coarse maps from the teacher's (DistillFSS).
+
+  Args:
+    teacher: per level [b, n, h, w, m].
+    student: the same shapes.
+    some: [b, n] bool, ways with a shot; the others are left out.
+
+  Returns:
+    [b]: mean over ways of the mean over levels of the mean squared error; 0
+    where no way has a shot.
+  """
+  per_way = jnp.stack(
+    [
+      ((x - y) ** 2).mean((2, 3, 4))
+      for x, y in zip(teacher, student, strict=True)
+    ]
+  ).mean(0)
+  return (per_way * some).sum(1) / jnp.maximum(some.sum(1), 1)

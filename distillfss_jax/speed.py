@@ -1,0 +1,431 @@
+"""What teacher, student and training cost on this machine.
+
+    python -m distillfss_jax.speed --config configs/nucleus.py:backbone=resnet50
+
+Random images go through the config's model; no dataset is read. Compilation
+and the first call stay apart from the timed calls, each of which waits for its
+result. A support is memorized once, so a `teacher` row is a query alone, and
+the `memorize` row before it is what its support cost.
+"""
+
+import copy
+import json
+import math
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import sys
+import time
+from importlib import metadata
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from flax import nnx
+from jax.interpreters import partial_eval
+from ml_collections import config_flags
+
+from distillfss_jax import (
+  files,
+  parallel,
+  params,
+  program,
+  report,
+  systems,
+  train,
+)
+from distillfss_jax.models import distilled
+from distillfss_jax.types import Support, TrainState
+
+WHAT = ('backbone', 'teacher', 'student', 'train')
+
+
+def run(
+  config,
+  *,
+  what=WHAT,
+  shots=(1, 5, 10, 50),
+  students=('full', 'light'),
+  ways=1,
+  batch_size=1,
+  repeats=3,
+  out=None,
+) -> dict:
+  """Measures one case after the other; stderr hears how it goes.
+
+  Args:
+    config: see `configs/common.py`; training takes its support and episodes.
+    what: of `WHAT`.
+    shots: sizes of the teacher's support.
+    students: of `models/distilled.py`.
+    ways: foreground classes.
+    batch_size: queries of a call.
+    repeats: timed calls of a case.
+    out: None, or what to write after every case: .json all, .md the table.
+
+  Returns:
+    The machine, the config, and 'rows', a dict per case:
+      ms, least_ms: median and least of the timed calls.
+      per_second: images; in training, sweeps over all episodes.
+      parameters: those read, with those a teacher's memory took; in training,
+        those moved.
+      support_mb: what is kept of the support: teacher's memory, or bank.
+      working_mb, program_mb: what XLA sets aside between inputs and outputs,
+        and with them.
+      compile_s, first_s: from tracing to an executable, and the first call.
+      gflop: of a call, see `flops`.
+      of_rate: that over the time, as a share of the rate of one large matrix
+        product, which is timed around every case.
+    Of several devices, gflop and megabytes are those of one.
+
+  Raises:
+    ValueError: an unknown name, no number, or an `out` of another kind.
+    OSError: `out` cannot be written; it is tried first.
+  """
+  named = (('what', what, WHAT), ('students', students, distilled.variants))
+  for flag, names, known in named:
+    if unknown := sorted(set(names) - set(known)):
+      raise ValueError(
+        f'--{flag}: no {", ".join(map(repr, unknown))}; there are: '
+        f'{", ".join(known)}'
+      )
+  if not all(str(s).isdecimal() and int(s) for s in shots):
+    raise ValueError(f'--shots: {shots} are not all whole numbers from 1 up')
+  if out and pathlib.Path(out).suffix not in ('.json', '.md'):
+    raise ValueError(f'--out: {out} must end in .json or .md')
+  bench = _Bench(config, ways, batch_size, repeats, out)
+  try:
+    bench.write()
+  except OSError as error:
+    reason = os.strerror(error.errno)
+    raise OSError(f'--out: cannot write {out}: {reason}') from error
+  if 'backbone' in what:
+    bench.backbone()
+  if 'teacher' in what:
+    bench.teacher(map(int, shots))
+  for student in students if 'student' in what else ():
+    bench.student(student)
+  if 'train' in what:
+    bench.train('transferfss')
+    for student in students:
+      bench.train('distillfss', student)
+  return bench.results()
+
+
+def flops(jaxpr) -> int:
+  """Multiplications and additions in matrix products and convolutions.
+
+  Resizes count as the products that they are here, padding counts, nothing
+  elementwise does. A loop's body counts as often as it runs (XLA's own
+  `cost_analysis` counts it once); only where that is not known, as in the
+  outermost loop of training, once. Of a condition's branches the dearest
+  counts, and what no result needs does not.
+
+  Args:
+    jaxpr: a program, as `jax.jit(f).trace(...).jaxpr` gives it.
+  """
+  total = 0
+  for equation in _needed(jaxpr)[0].eqns:
+    name, fields = equation.primitive.name, equation.params
+    if name in ('dot_general', 'conv_general_dilated'):
+      x, y = (var.aval.shape for var in equation.invars)
+      numbers = fields['dimension_numbers']
+      if name == 'dot_general':
+        terms = math.prod(x[i] for i in numbers[0][0])
+      else:
+        terms = math.prod(y[i] for i in numbers.rhs_spec[1:])
+        # Zeros that a stride's gradient puts between pixels are not computed.
+        terms /= math.prod(fields['lhs_dilation'])
+      total += round(2 * terms * equation.outvars[0].aval.size)
+    else:
+      leaves = jax.tree.leaves(list(fields.values()))
+      bodies = [flops(leaf) for leaf in leaves if hasattr(leaf, 'eqns')]
+      times = fields['length'] if name == 'scan' else 1
+      total += times * (max if name == 'cond' else sum)(bodies or [0])
+  return total
+
+
+def reads(traced, first, counted) -> dict[str, int]:
+  """The parameters that a traced program reads, {path: size}.
+
+  `first` is its first input, `counted` the paths within that may count.
+  """
+  _, needed = _needed(traced.jaxpr)
+  shapes = params.shapes(first).items()
+  return {
+    path: math.prod(shape)
+    for (path, shape), read in zip(shapes, needed, strict=False)
+    if read and path in counted
+  }
+
+
+def table(results: dict, style=report.table) -> str:
+  """The rows for people; `style` is `report.table` or `report.markdown`."""
+  rows = results['rows']
+  lines = style([row.values() for row in rows], [*rows[0]]) if rows else ''
+  return lines + (
+    f'\n\n{results["device"]}, {results["cpus"]} CPUs under a load of '
+    f'{results["load"]:.1f}; a matrix product runs at '
+    f'{results["matrix_gflop_per_second"]:.1f} GFLOP/s; the process, '
+    f'compiler and all, took {results["process_mb"]:.0f} MB at most.'
+  )
+
+
+class _Bench:
+  """The cases, and the rows they leave."""
+
+  def __init__(self, config, ways, batch_size, repeats, out):
+    self.config, self.ways, self.batch_size = config, ways, batch_size
+    self.repeats, self.out = repeats, pathlib.Path(out) if out else None
+    self.random = np.random.default_rng(0)
+    self.rows, self.rate = [], 0.0
+    side = 1024 if jax.default_backend() == 'cpu' else 8192
+    self.matrix = jnp.ones((side, side), config.model.dtype)
+    self.product = jax.jit(jnp.matmul)
+
+  def backbone(self):
+    config = self._variant('transferfss')
+    graph, abstract = nnx.split(systems.build(config, self.ways)[0])
+
+    def encode(variables, images):
+      module = nnx.merge(graph, params.replace(abstract, variables))
+      return module.teacher.encode(images)
+
+    _, variables, counted = self._build(config)
+    images = self._images(self.batch_size)
+    inputs = variables, images
+    self._measure('backbone', jax.jit(encode), inputs, counted, len(images))
+
+  def teacher(self, shots):
+    compiled, variables, counted = self._build(self._variant('transferfss'))
+    for s in shots:
+      images = self._images(1, s)
+      masks = self.random.random((*images.shape[:4], self.ways)) < 0.5
+      support = Support(
+        images,
+        jnp.asarray(masks, jnp.float32),
+        jnp.ones((1, s, self.ways), bool),
+      )
+      inputs, case = (variables, support), ('memorize', s)
+      memory, read = self._measure(case, compiled.memorize, inputs, counted, s)
+      images, case = self._images(self.batch_size), ('teacher', s)
+      inputs, items = (variables, memory, images, ('teacher',)), len(images)
+      self._measure(
+        case, compiled.predict, inputs, counted, items, memory, read
+      )
+      del inputs, memory  # before there are two
+
+  def student(self, student):
+    config = self._variant('distillfss', student)
+    compiled, variables, counted = self._build(config)
+    images = self._images(self.batch_size)
+    inputs = variables, None, images, ('student',)
+    name = f'student {student}'
+    self._measure(name, compiled.predict, inputs, counted, len(images))
+
+  def train(self, system, student=''):
+    """A sweep: all episodes forward and backward, and an optimiser step."""
+    config, over = self._variant(system, student), parallel.mesh()
+    compiled, variables, _ = self._build(config)
+    images = self._images(config.support.shots)
+    labels = self.random.integers(0, self.ways + 1, images.shape[:3])
+    bank = compiled.bank(variables, images, labels)
+    state = compiled.start(variables)
+    rows, valid = train.episode_tables(config, np.asarray(bank.present))(0)
+    more = -len(rows) % compiled.episodes
+    inputs = (
+      parallel.replicate(state, over),
+      parallel.replicate(bank, over),
+      np.pad(rows, ((0, more), (0, 0)))[None],
+      np.pad(valid, (0, more))[None],
+      np.int32(1),
+    )
+    case = f'train {system} {student}'.strip(), len(images)
+    moved = {f'params/{path}' for path in state.params}
+    self._measure(case, compiled.dispatch, inputs, moved, 1, bank)
+
+  def results(self):
+    """Everything so far."""
+    device, own = jax.devices()[0], resource.getrusage(resource.RUSAGE_SELF)
+    peak = own.ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    peak = (device.memory_stats() or {}).get('peak_bytes_in_use', peak)
+    return {
+      'config': json.loads(self.config.to_json_best_effort()),
+      'ways': self.ways,
+      'batch_size': self.batch_size,
+      'repeats': self.repeats,
+      'device': device.device_kind,
+      'devices': jax.device_count(),
+      'platform': platform.platform(),
+      'cpus': os.cpu_count(),
+      'load': os.getloadavg()[0],
+      'python': platform.python_version(),
+      'versions': {name: metadata.version(name) for name in train.PACKAGES},
+      'matrix_gflop_per_second': self.rate,
+      'process_mb': peak / 1e6,
+      'rows': [
+        {**row, 'of_rate': 1e3 * row['gflop'] / row['ms'] / self.rate}
+        for row in self.rows
+      ],
+    }
+
+  def write(self):
+    """Writes everything so far, if a place was given."""
+    if self.out:
+      results = self.results()
+      text = json.dumps(results, indent=2)
+      if self.out.suffix == '.md':
+        text = table(results, report.markdown)
+      files.write_atomically(self.out, text + '\n')
+
+  def _measure(self, case, call, inputs, counted, items, kept=None, before=()):
+    """Adds a row; returns the last result and the parameters read.
+
+    Args:
+      case: its name, or that and the number of shots.
+      call: jitted; with a training state as first input it returns the next.
+      inputs: arrays, and roles.
+      counted: paths of parameters within the first input.
+      items: images or sweeps of a call.
+      kept: of the support.
+      before: parameters that were read to make the inputs.
+    """
+    what, shots = (case, None) if isinstance(case, str) else case
+    name = f'{what}, {shots} shots' if shots else what
+    print(name, end=': ', file=sys.stderr, flush=True)
+    self._time_product()
+    begin = time.perf_counter()
+    traced = call.trace(*inputs)
+    compiled = traced.lower().compile()
+    compile_s = time.perf_counter() - begin
+    read = {**reads(traced, inputs[0], counted), **dict(before)}
+    print(f'compiled in {compile_s:.1f} s; took', end='', file=sys.stderr)
+    out, seconds = self._time(compiled, inputs)
+    self._time_product()
+    size = compiled.memory_analysis()
+    working = size.temp_size_in_bytes
+    around = size.argument_size_in_bytes + size.output_size_in_bytes
+    support = sum(x.nbytes for x in jax.tree.leaves(kept))
+    median = statistics.median(seconds[1:])
+    row = {
+      'what': what,
+      'shots': shots,
+      'ms': 1e3 * median,
+      'least_ms': 1e3 * min(seconds[1:]),
+      'per_second': items / median,
+      'parameters': sum(read.values()),
+      'support_mb': support / 1e6 if kept else None,
+      'working_mb': working / 1e6,
+      'program_mb': (working + around - size.alias_size_in_bytes) / 1e6,
+      'compile_s': compile_s,
+      'first_s': seconds[0],
+      'gflop': flops(traced.jaxpr) / 1e9,
+    }
+    self.rows.append(row)
+    self.write()
+    return out, read
+
+  def _time(self, compiled, inputs):
+    """The last result, and the seconds of the first and `repeats` calls."""
+    inputs = [x for x in inputs if not isinstance(x, tuple)]
+    seconds, out = [], None
+    for _ in range(1 + self.repeats):
+      del out  # before there are two
+      begin = time.perf_counter()
+      out = jax.block_until_ready(compiled(*inputs))
+      seconds.append(time.perf_counter() - begin)
+      print(f' {seconds[-1]:.3g}', end='', file=sys.stderr, flush=True)
+      if isinstance(inputs[0], TrainState):
+        inputs[0] = out[0]
+    print(' s', file=sys.stderr)
+    return out, seconds
+
+  def _time_product(self):
+    for _ in range(4):
+      begin = time.perf_counter()
+      self.product(self.matrix, self.matrix).block_until_ready()
+      seconds = time.perf_counter() - begin
+      self.rate = max(self.rate, 2e-9 * len(self.matrix) ** 3 / seconds)
+
+  def _variant(self, system, student=''):
+    """The config, as one of both systems."""
+    config = copy.deepcopy(self.config)
+    config.system = system
+    trained = [name for name in config.optim.trainable if 'student' not in name]
+    if student:
+      config.student = student
+      config.model.voting, config.model.concat_support = 0, False
+      trained.append('student')
+    config.optim.trainable = tuple(trained)
+    return config
+
+  def _build(self, config):
+    """A config's program, its variables, and the paths of its parameters."""
+    compiled = program.build(config, self.ways, parallel.mesh())
+    variables = compiled.draw()
+    rest = jax.eval_shape(compiled.start, variables).rest
+    return compiled, variables, variables.keys() - rest.keys()
+
+  def _images(self, *lead):
+    shape = (*lead, *(self.config.data.image_size,) * 2, 3)
+    return jnp.asarray(self.random.integers(0, 256, shape, np.uint8))
+
+
+def _needed(jaxpr):
+  """A program without what no result needs, and which inputs that leaves."""
+  jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
+  return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+
+
+def main(argv):
+  """Runs the flags and prints the table."""
+  values = flags.FLAGS
+  if len(argv) > 1:
+    sys.exit(f'error: unknown arguments {argv[1:]}; see --help')
+  if values.config is None:
+    sys.exit('error: --config is missing, such as --config configs/nucleus.py')
+  logging.set_verbosity(logging.WARNING)
+  jax.config.update('jax_enable_compilation_cache', False)
+  options = (
+    'what',
+    'shots',
+    'students',
+    'ways',
+    'batch_size',
+    'repeats',
+    'out',
+  )
+  try:
+    results = run(values.config, **{x: values[x].value for x in options})
+  except (ValueError, TypeError, OSError) as error:
+    logging.debug('where it failed', exc_info=True)
+    sys.exit(f'error: {error}')
+  print(table(results))
+
+
+def parse(argv):
+  """Parses flags; whatever is wrong with them is one line on the terminal."""
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, ValueError, TypeError, OSError) as error:
+    sys.exit(f'error: {" ".join(str(error).split())}')
+
+
+def define_flags():
+  """Defines the flags; not on import, other programs have their own."""
+  config_flags.DEFINE_config_file('config', None, 'The model and training.')
+  flags.DEFINE_list('what', ','.join(WHAT), f'Of {", ".join(WHAT)}.')
+  flags.DEFINE_list('shots', '1,5,10,50', "Sizes of the teacher's support.")
+  flags.DEFINE_list('students', 'full,light', 'Of full, light, attention.')
+  flags.DEFINE_integer('ways', 1, 'Foreground classes.', lower_bound=1)
+  flags.DEFINE_integer('batch_size', 1, 'Queries of a call.', lower_bound=1)
+  flags.DEFINE_integer('repeats', 3, 'Timed calls of a case.', lower_bound=1)
+  flags.DEFINE_string('out', None, 'speed.json for everything, or speed.md.')
+
+
+if __name__ == '__main__':
+  define_flags()
+  app.run(main, flags_parser=parse)

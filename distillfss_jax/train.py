@@ -1,0 +1,511 @@
+"""The one training loop.
+
+A run's folder holds all there is to know of it: the config, the ids of its
+images, the log, checkpoints, TensorBoard events, metrics.jsonl, pictures and
+results.json. A run that was killed goes on from its newest good checkpoint and
+ends with the same numbers: all that is random is a function of seed and step.
+"""
+
+import dataclasses
+import errno
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import time
+
+import jax
+import numpy as np
+from absl import logging
+
+from distillfss_jax import (
+  checkpoint,
+  files,
+  optim,
+  parallel,
+  params,
+  program,
+  report,
+  writer,
+)
+from distillfss_jax.data import core, pipeline
+from distillfss_jax.data import support as support_lib
+from distillfss_jax.evaluators import brightness, fewshot
+from distillfss_jax.ops.metrics import Confusion
+from distillfss_jax.systems.base import masks_of
+from distillfss_jax.types import Support
+
+PATIENCE = 10.0  # seconds a dispatch may take before the terminal hears of it
+PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """A dataset and the support drawn from it."""
+
+  dataset: core.Dataset
+  support: pipeline.SupportSet
+  present: np.ndarray  # [M, n] bool
+
+
+def run(config, workdir: str | os.PathLike) -> dict:
+  """Adapts a system to a support set and scores it; returns the results.
+
+  Args:
+    config: see `configs/common.py`.
+    workdir: the run's folder. If it holds this run unfinished, the run goes
+      on; if finished, its results are returned.
+
+  Raises:
+    ValueError: the config does not fit the data, or the folder holds a run of
+      another config.
+    OSError: the folder cannot be written.
+  """
+  begin = time.monotonic()
+  workdir = pathlib.Path(workdir)
+  results = workdir / 'results.json'
+  _check_same(config, workdir)
+  if results.exists():
+    logging.info('%s is finished: %s holds its scores', workdir, results)
+    return json.loads(results.read_text())
+  data = load_data(config)
+  tables = episode_tables(config, data.present)
+  over = parallel.mesh()
+  compiled = program.build(config, len(data.dataset.classes), over)
+  _claim(config, workdir)
+  initial = compiled.draw()
+  logging.info('parameters:\n%s', _overview(initial, compiled, config))
+  saver = checkpoint.Checkpointer(workdir / 'checkpoints')
+  found = saver.restore(jax.eval_shape(compiled.start, initial))
+  out = writer.create(workdir, resume_step=found.step if found else -1)
+  try:
+    job = _Job(config, workdir, data, tables, over, compiled, saver, out)
+    return job.run(initial, found, begin)
+  finally:
+    saver.close()
+    out.close()
+
+
+def load_data(config) -> Data:
+  """The dataset of a config and its support set, checked against each other."""
+  dataset = core.load(config.data.name, **config.data.args)
+  indices, ids = support_lib.choose(
+    dataset, config.support.shots, config.support.seed, config.support.rule
+  )
+  support = pipeline.load_support(dataset, indices, config.data.image_size)
+  ways = len(dataset.classes)
+  present = np.stack(
+    [(support.labels == way).any((1, 2)) for way in range(1, ways + 1)], -1
+  )
+  for way, name in enumerate(dataset.classes):
+    if not present[:, way].any():
+      raise ValueError(
+        f'class {name!r} has no pixel left in the support {list(ids)} at '
+        f'data.image_size={config.data.image_size}: take larger images, more '
+        'shots or another support.seed'
+      )
+  return Data(dataset, support, present)
+
+
+def episode_tables(config, present: np.ndarray):
+  """What gives the (table, valid) of a step: the episodes of a config."""
+  episodes = config.episodes
+  return support_lib.episode_tables(
+    present,
+    kind=episodes.kind,
+    subsample=episodes.subsample or None,
+    seed=config.seed,
+    draws=episodes.draws or None,
+  )
+
+
+@dataclasses.dataclass
+class _Job:
+  """A run under way: what its parts share."""
+
+  config: object
+  workdir: pathlib.Path
+  data: Data
+  tables: object
+  over: jax.sharding.Mesh
+  compiled: program.Program
+  saver: checkpoint.Checkpointer
+  out: object
+
+  def run(self, initial, found, begin):
+    config, data = self.config, self.data
+    self._write_ids()
+    self._show_support()
+    roles = self.compiled.roles
+    evaluator = fewshot.FewShot(
+      data.dataset,
+      self.compiled.predict,
+      image_size=config.data.image_size,
+      batch_size=config.eval.batch_size,
+      native=config.eval.native,
+      workers=config.data.workers,
+    )
+    state = self.compiled.start(initial)
+    extra = {'references': {}, 'seconds': {}}
+    if found:
+      state, extra = found.state, found.extra
+      logging.info('goes on from step %d', found.step)
+    else:
+      extra['references'] = self._references(evaluator, state)
+    state = parallel.replicate(state, self.over)
+    clock = {'start': time.monotonic() - begin}
+    state = self._adapt(state, found, extra, evaluator, clock)
+    begin_test = time.monotonic()
+    show = self._to_show()
+    scored = self._test(evaluator, state, roles, show=show)
+    clock['test'] = time.monotonic() - begin_test
+    seconds = {
+      name: clock.get(name, 0) + extra['seconds'].get(name, 0)
+      for name in ('start', 'adapt', 'test')
+    }
+    results = {
+      'name': config.name,
+      'steps': config.steps,
+      **scored.scores(data.dataset.classes),
+      'references': extra['references'],
+      'test_images': scored.images,
+      'test_images_per_second': scored.images / scored.seconds,
+      'seconds': seconds,
+      'versions': _versions(),
+      'device': jax.devices()[0].device_kind,
+    }
+    self._conclude(results, scored)
+    return results
+
+  def _adapt(self, state, found, extra, evaluator, clock):
+    """The loop: dispatches of steps, between them whatever is due."""
+    config = self.config
+    iterator = iter(
+      pipeline.step_tables(self.tables, steps=config.steps, per_dispatch=1)
+    )
+    if found:
+      iterator.set_state(found.data_state)
+    step = int(state.step)
+    if step >= config.steps:
+      return state
+    bank = self._bank(state)
+    progress = None
+    begin = time.monotonic()
+    per_dispatch = min(config.log_every, config.steps)
+    pace, logs = None, _unpack(extra.pop('pending', None))
+
+    def save():
+      seconds = {
+        'start': clock['start'] + extra['seconds'].get('start', 0),
+        'adapt': time.monotonic() - begin + extra['seconds'].get('adapt', 0),
+      }
+      kept = {**extra, 'seconds': seconds, 'pending': _pack(logs)}
+      self.saver.save(step, state, iterator, kept)
+
+    while step < config.steps:
+      # The first dispatch is one step: it compiles, and the second measures.
+      count = 1 if pace is None else max(1, int(PATIENCE / pace))
+      for every in (config.log_every, config.checkpoint_every):
+        count = min(count, every - step % every)
+      if config.eval.every:
+        count = min(count, config.eval.every - step % config.eval.every)
+      count = min(count, per_dispatch, config.steps - step)
+      tables, valid = self._take(iterator, count, per_dispatch)
+      begin_step = time.monotonic()
+      state, log = self.compiled.dispatch(state, bank, tables, valid, count)
+      log = jax.device_get(parallel.local(log))
+      elapsed = time.monotonic() - begin_step
+      step += count
+      logs.append(
+        jax.tree.map(lambda x, count=count: x[:count].astype(float), log)
+      )
+      if progress is None:
+        logging.info('the first step, with compilation: %.1f s', elapsed)
+        progress = writer.Progress(config.steps, start=step)
+      else:
+        pace = elapsed / count
+      speed = progress.update(step, {'loss': logs[-1]['loss'][-1]})
+      if step % config.log_every == 0 or step == config.steps:
+        self._log(step, logs, speed)
+        logs = []
+      tested = config.eval.every and step % config.eval.every == 0
+      if tested and step < config.steps:
+        scored = self._test(evaluator, state, self.compiled.roles)
+        self._write_scores(step, scored)
+      if step % config.checkpoint_every == 0 or step == config.steps:
+        save()
+    self.saver.wait()
+    clock['adapt'] = time.monotonic() - begin
+    return state
+
+  def _take(self, iterator, count, size):
+    """The next `count` tables, padded to the program's shapes."""
+    taken = [next(iterator) for _ in range(count)]
+    tables = np.concatenate([x['table'] for x in taken])
+    valid = np.concatenate([x['valid'] for x in taken])
+    unit = self.compiled.episodes
+    more = -tables.shape[1] % unit
+    tables = np.pad(tables, ((0, size - count), (0, more), (0, 0)))
+    valid = np.pad(valid, ((0, size - count), (0, more)))
+    return tables, valid
+
+  def _bank(self, state):
+    support = self.data.support
+    return parallel.replicate(
+      jax.device_get(
+        self.compiled.bank(
+          parallel.local(program.variables(state)),
+          support.images,
+          support.labels.astype(np.int32),
+        )
+      ),
+      self.over,
+    )
+
+  def _memory(self, variables):
+    support = self.data.support
+    labels = support.labels.astype(np.int32)
+    return self.compiled.memorize(
+      variables,
+      Support(
+        images=support.images[None],
+        masks=masks_of(labels, len(self.data.dataset.classes))[None],
+        present=self.data.present[None],
+      ),
+    )
+
+  def _test(self, evaluator, state, roles, **kwargs):
+    variables = parallel.local(program.variables(state))
+    memory = self._memory(variables) if 'teacher' in roles else None
+    return evaluator.run(variables, memory, roles, **kwargs)
+
+  def _references(self, evaluator, state):
+    """Scores of what the run starts from, where the config asks for them."""
+    config, data, found = self.config, self.data, {}
+    classes = data.dataset.classes
+    if config.eval.untrained:
+      scored = self._test(evaluator, state, self.compiled.roles)
+      found['untrained'] = scored.scores(classes)['test']
+    if config.eval.brightness:
+      confusion = brightness.score(
+        data.dataset, data.support, image_size=config.data.image_size
+      )
+      found['brightness'] = confusion.scores(classes)
+    return found
+
+  def _log(self, step, logs, speed):
+    logs = jax.tree.map(lambda *x: np.concatenate(x), *logs)
+    scalars = {'train/loss': logs['loss'].mean()}
+    for name, values in logs['parts'].items():
+      scalars[f'train/loss_{name}'] = values.mean()
+    for role, counts in logs['confusion'].items():
+      confusion = Confusion(counts.astype(np.int64).sum(0))
+      scalars[f'support_miou/{role}'] = confusion.miou
+    scalars['train/grad_norm'] = logs['grad_norm'].mean()
+    rate = optim.schedule(self.config.optim, self.config.steps)
+    scalars['train/learning_rate'] = rate(step - 1)
+    scalars['steps_per_second'] = speed
+    self.out.write_scalars(step, {k: float(v) for k, v in scalars.items()})
+
+  def _write_scores(self, step, scored):
+    for size, roles in scored.scores(self.data.dataset.classes).items():
+      for role, scores in roles.items():
+        self.out.write_scalars(
+          step,
+          {
+            f'{size}/{role}_{name}': scores[name]
+            for name in ('miou', 'fb_iou', 'f1', 'precision', 'recall')
+          },
+        )
+
+  def _write_ids(self):
+    if jax.process_index():
+      return
+    ids = {
+      'support': list(self.data.support.ids),
+      'test': list(self.data.dataset.test.ids),
+    }
+    files.write_atomically(
+      self.workdir / 'ids.json', json.dumps(ids, indent=2) + '\n'
+    )
+
+  def _show_support(self):
+    if jax.process_index():
+      return
+    support, dataset = self.data.support, self.data.dataset
+    picture = report.support_panel(
+      support.images,
+      support.labels,
+      names=[id_[:12] for id_ in support.ids],
+      palette=dataset.palette,
+    )
+    report.save(self.workdir / 'panels' / 'support.png', picture)
+    self.out.write_images(0, {'support': picture[None]})
+
+  def _to_show(self):
+    total = len(self.data.dataset.test)
+    count = min(self.config.eval.panels, total)
+    return [int(i) for i in np.linspace(0, total - 1, count)] if count else []
+
+  def _conclude(self, results, scored):
+    """Writes pictures, curves and, last, the results: the run is finished."""
+    self._write_scores(self.config.steps, scored)
+    self._show_tests(scored)
+    self.out.flush()
+    if jax.process_index():
+      return
+    report.curves(
+      self.workdir / 'metrics.jsonl', self.workdir / 'panels' / 'curves.png'
+    )
+    report.write_results(self.workdir, results)
+    logging.info(
+      'scores on %d test images:\n%s', scored.images, score_table(results)
+    )
+
+  def _show_tests(self, scored):
+    dataset = self.data.dataset
+    indices = tuple(sorted(scored.shown))
+    if not indices:
+      return
+    size = self.config.data.image_size
+    records = pipeline.load_support(
+      dataclasses.replace(dataset, train=dataset.test), indices, size
+    )
+    pictures = []
+    classes = 1 + len(dataset.classes)
+    for i, index in enumerate(indices):
+      truth, answers = records.labels[i], {}
+      for role in ('teacher', 'student'):
+        if role in scored.shown[index]:
+          label = scored.shown[index][role]
+          answers[role] = label, _iou(truth, label, classes)
+      pictures.append(
+        report.query_panel(
+          records.images[i],
+          truth,
+          answers,
+          name=records.ids[i][:12],
+          palette=dataset.palette,
+        )
+      )
+      report.save(
+        self.workdir / 'panels' / f'test_{index:04d}.png', pictures[-1]
+      )
+    for index, picture in zip(indices, pictures, strict=True):
+      self.out.write_images(
+        self.config.steps, {f'test/{index:04d}': picture[None]}
+      )
+
+
+def _pack(logs):
+  """Numbers of steps that are not in the log yet, for a checkpoint."""
+  if not logs:
+    return None
+  return jax.tree.map(lambda *x: np.concatenate(x).tolist(), *logs)
+
+
+def _unpack(pending):
+  if not pending:
+    return []
+  is_list = lambda x: isinstance(x, list)  # noqa: E731
+  return [jax.tree.map(np.asarray, pending, is_leaf=is_list)]
+
+
+def score_table(results: dict) -> str:
+  """The scores of a finished run, for the terminal."""
+  rows = []
+  for size in ('test', 'test_native'):
+    for role, scores in results.get(size, {}).items():
+      rows.append((role, 'model' if size == 'test' else 'native', scores))
+  references = results['references']
+  for role, scores in references.get('untrained', {}).items():
+    rows.append((f'untrained {role}', 'model', scores))
+  if 'brightness' in references:
+    rows.append(('brightness threshold', 'model', references['brightness']))
+  names = ('miou', 'fb_iou', 'f1', 'precision', 'recall')
+  return report.table(
+    [
+      (who, size, *(scores[name] for name in names))
+      for who, size, scores in rows
+    ],
+    ('', 'size', 'mIoU', 'FB-IoU', 'F1', 'precision', 'recall'),
+  )
+
+
+def _text(config):
+  return json.dumps(json.loads(config.to_json_best_effort()), indent=2) + '\n'
+
+
+def _check_same(config, workdir):
+  """Refuses a folder that holds a run of another config."""
+  path = workdir / 'config.json'
+  if not path.exists():
+    return
+  old, new = json.loads(path.read_text()), json.loads(_text(config))
+  differences = sorted(_differences(old, new))
+  if differences:
+    raise ValueError(
+      f'{workdir} holds a run of another config; give another --workdir, or '
+      'the same config. It differs in: ' + '; '.join(differences)
+    )
+
+
+def _claim(config, workdir):
+  """Makes the run's folder, with its config and its log."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+      files.write_atomically(workdir / 'config.json', _text(config))
+    handler = logging.get_absl_handler()
+    handler.use_absl_log_file('log', str(workdir))
+    # What orbax tells of its insides would be nine tenths of the log.
+    handler.addFilter(
+      lambda record: 'orbax' not in record.pathname or record.levelno > 20
+    )
+    logging.set_verbosity(logging.INFO)
+  except OSError as error:
+    reason = os.strerror(error.errno or errno.EIO)
+    raise OSError(
+      f'cannot write the run into {workdir}: {reason}; give a --workdir that '
+      'can be written and has space'
+    ) from error
+
+
+def _differences(old, new, path=''):
+  for key in sorted(old.keys() | new.keys()):
+    name = f'{path}.{key}' if path else key
+    a, b = old.get(key, 'absent'), new.get(key, 'absent')
+    if isinstance(a, dict) and isinstance(b, dict):
+      yield from _differences(a, b, name)
+    elif a != b:
+      yield f'{name} was {a!r}, is {b!r}'
+
+
+def _overview(variables, compiled, config):
+  state = jax.eval_shape(compiled.start, variables)
+  rows = []
+  for kind, tree in (('trained', state.params), ('frozen', state.frozen)):
+    parts = {}
+    for path, x in tree.items():
+      name = '/'.join(path.split('/')[:2])
+      parts[name] = parts.get(name, 0) + int(np.prod(x.shape))
+    rows += [(name, kind, f'{n:,}') for name, n in sorted(parts.items())]
+  total = params.count(state.params) + params.count(state.frozen)
+  rows.append(('all', config.system, f'{total:,}'))
+  return report.table(rows, ('part', 'is', 'parameters'))
+
+
+def _iou(truth, label, classes):
+  confusion = Confusion.empty(classes)
+  index = truth.astype(int) * classes + label
+  index = index[truth < classes]
+  confusion.add(
+    np.bincount(index, minlength=classes**2).reshape(classes, classes)
+  )
+  return confusion.miou
+
+
+def _versions():
+  versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+  return {'python': platform.python_version(), **versions}

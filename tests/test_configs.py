@@ -1,0 +1,249 @@
+"""Every experiment loads, says what it takes, and names what exists."""
+
+import importlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from configs import common
+from distillfss_jax import backbones, systems
+from distillfss_jax.data import core
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NAMES = sorted(
+  path.stem
+  for path in (ROOT / 'configs').glob('*.py')
+  if path.stem not in ('__init__', 'common')
+)
+
+
+def load(name, arg=None):
+  module = importlib.import_module(f'configs.{name}')
+  return module.get_config() if arg is None else module.get_config(arg)
+
+
+def as_argument(overrides):
+  return ','.join(f'{name}={value}' for name, value in overrides.items())
+
+
+def keys(config, path=''):
+  """Yields the paths of all keys; those of constructors' arguments are free."""
+  for name, value in config.items():
+    if path + name in ('data.args', 'model.backbone_fields'):
+      yield path + name
+    elif hasattr(value, 'items'):
+      yield from keys(value, f'{path}{name}.')
+    else:
+      yield path + name
+
+
+def assert_names_exist(config):
+  assert config.system in systems.names()
+  assert config.model.backbone in backbones.variants()
+  assert config.data.name in core.names()
+  assert config.support.shots >= 1
+  assert config.steps >= 1
+
+
+def test_there_are_configs():
+  assert {'demo', 'nucleus'} <= set(NAMES)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_loads(name):
+  config = load(name)
+  assert config.name == name
+  assert config.is_locked
+  assert config.data.is_locked
+  assert config.data.args.is_locked
+  assert_names_exist(config)
+  assert set(keys(config)) == set(keys(common.get_config()))
+  with pytest.raises(AttributeError, match='steps'):
+    config.stepz = 3
+  with pytest.raises(AttributeError, match='image_size'):
+    config.data.imagesize = 3
+  json.loads(config.to_json_best_effort())  # what a run's folder keeps
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_loads_anew(name):
+  load(name).unlock().data.args.strange = 1
+  assert 'strange' not in load(name).data.args
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_smoke_is_small(name):
+  config = load(name, 'smoke')
+  assert config.data.image_size == 64
+  assert config.model.backbone == 'resnet_tiny'
+  assert config.steps <= 4
+  assert config.checkpoint_every < config.steps
+  assert config.is_locked
+  assert_names_exist(config)
+  whole = load(name)
+  for same in ('name', 'system', 'student', 'loss', 'episodes', 'optim'):
+    assert config[same] == whole[same]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_docstring_gives_commands_that_load(name):
+  text = importlib.import_module(f'configs.{name}').__doc__
+  assert 'python -m distillfss_jax.main' in text
+  found = re.findall(r'--config configs/(\w+)\.py(?::(\S+))?', text)
+  assert found
+  for config, arg in found:
+    assert config == name
+    load(config, arg or None)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_sweep(name):
+  module = importlib.import_module(f'configs.{name}')
+  if not hasattr(module, 'sweep'):
+    pytest.skip(f'configs/{name}.py has no sweep()')
+  entries = list(module.sweep())
+  loaded = [load(name, as_argument(entry)) for entry in entries]
+  texts = {config.to_json_best_effort() for config in loaded}
+  assert len(texts) == len(entries) > 1, 'two entries are the same run'
+  for config in loaded:
+    assert_names_exist(config)
+
+
+def test_students_exist():
+  """The names in common.py's comment and nucleus.py's argument all build."""
+  for student in ('full', 'light', 'attention'):
+    assert load('nucleus', f'student={student}').student == student
+    config = load('demo', 'smoke')
+    config.student = student
+    systems.build(config, 1)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_smoke_builds(name):
+  """The fields of a config fit what it names; shapes only, no numbers."""
+  config = load(name, 'smoke')
+  system, moved, _ = systems.build(config, 1)
+  assert moved
+  assert set(system.roles) <= {'teacher', 'student'}
+
+
+def test_unknown_names_list_what_exists():
+  config = load('demo', 'smoke')
+  for path, value, known in (
+    ('system', 'destillfss', 'distillfss'),
+    ('student', 'fool', 'light'),
+    ('model.backbone', 'resnet5', 'resnet_tiny'),
+  ):
+    wrong = config.copy_and_resolve_references()
+    wrong.update_from_flattened_dict({path: value})
+    with pytest.raises(ValueError, match=rf'{value}[\s\S]*{known}'):
+      systems.build(wrong, 1)
+  with pytest.raises(ValueError, match=r'nukleus[\s\S]*nucleus'):
+    core.load('nukleus')
+
+
+def test_arguments():
+  config = load(
+    'nucleus', 'shots=10,backbone=resnet50,student=light,seed=3,method=distill'
+  )
+  assert (config.support.shots, config.seed) == (10, 3)
+  assert (config.model.backbone, config.student) == ('resnet50', 'light')
+  assert load('nucleus', 'method=transfer').system == 'transferfss'
+  assert load('nucleus') == load('nucleus', '')
+
+
+@pytest.mark.parametrize(
+  ('arg', 'said'),
+  [
+    ('shot=5', "no config argument 'shot'; there are: .*shots"),
+    ('shots=five', "shots needs a whole number, got 'five'"),
+    ('shots=-1', "shots needs a whole number, got '-1'"),
+    ('shots', "shots needs a whole number, got ''"),
+    ('backbone=vgg', "backbone='vgg' is not known; there are: swin_b"),
+    ('method=', 'there are: distill, transfer'),
+    ('smoke=1', "smoke is a flag, without a value; got '1'"),
+    ('smoke shots=5', "no config argument 'smoke shots'"),
+  ],
+)
+def test_argument_errors(arg, said):
+  with pytest.raises(ValueError, match=said):
+    load('nucleus', arg)
+
+
+def test_a_flag_can_be_turned_off():
+  assert load('nucleus', 'smoke=False') == load('nucleus')
+  assert load('nucleus', 'smoke=True') == load('nucleus', 'smoke')
+
+
+def test_overrides_keep_their_type():
+  config = load('demo')
+  with pytest.raises(TypeError):
+    config.steps = 'many'
+  config.optim.lr = 1
+  assert isinstance(config.optim.lr, float)
+
+
+MAIN = """
+import json, os, pathlib, sys
+from absl import app
+from distillfss_jax import main
+for i, line in enumerate(json.loads(sys.argv[1])):
+  if pid := os.fork():  # importing is slow, flags are parsed once per process
+    os.waitpid(pid, 0)
+    continue
+  out = os.open(f'{sys.argv[2]}/{i}', os.O_WRONLY | os.O_CREAT)
+  os.dup2(out, 1)
+  os.dup2(out, 2)
+  sys.argv = ['main.py', *line]
+  app.run(main.main, flags_parser=main.parse)
+  sys.exit()
+"""
+
+
+def refused(lines, folder):
+  """Returns what main says to each command line that is an error."""
+  done = subprocess.run(
+    [sys.executable, '-c', MAIN, json.dumps(lines), str(folder)],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  return [(folder / str(i)).read_text() for i in range(len(lines))]
+
+
+def assert_one_error(text, said):
+  """One line, that names all of `said`."""
+  lines = text.splitlines()
+  assert len(lines) == 1, text
+  assert lines[0].startswith('error: '), text
+  for word in said:
+    assert word in lines[0]
+
+
+def test_command_line_errors(tmp_path):
+  """One error that names what was given and what exists, and no run."""
+  demo = '--config=configs/demo.py:smoke'
+  cases = (
+    ((), ('--config configs/demo.py',)),
+    ((demo, '--config.stepz=3'), ('stepz', 'steps')),
+    ((demo, '--config.data.imagesize=3'), ('imagesize', 'image_size')),
+    ((demo, '--config.data.args.num_trains=3'), ('num_trains', 'num_train')),
+    ((demo, '--config.data.qqq', '3'), ('qqq', 'image_size')),
+    ((demo, '--config.steps.x=3'), ('config.steps.x',)),
+    ((demo, '--config.steps=many'), ('config.steps', 'many')),
+    ((demo, '--config.data=3'), ('config.data', '3')),
+    (('--config', 'configs/nowhere.py'), ('nowhere.py', 'configs/demo.py')),
+    (('--config', 'configs/demo.py:smok'), ("'smok'", 'there are: smoke')),
+    ((demo, '--nothing=1'), ('nothing',)),
+    ((demo, 'more'), ('more',)),
+  )
+  workdir = tmp_path / 'run'
+  lines = [[*line, f'--workdir={workdir}'] for line, _ in cases]
+  for (_, said), text in zip(cases, refused(lines, tmp_path), strict=True):
+    assert_one_error(text, said)
+  assert not workdir.exists()
