@@ -100,7 +100,9 @@ def _map_heads(fn, q, rows, *args):
     i, xs = operands
     return fn(i, *xs, *(x[i // (l * a)] for x in args))
 
-  out = jax.lax.map(one, (index, flat), batch_size=min(rows, b * l * a))
+  # A batch of one would keep an axis of one, for which XLA copies all keys.
+  batch = min(rows, b * l * a) if rows > 1 else None
+  out = jax.lax.map(one, (index, flat), batch_size=batch)
   return jax.tree.map(lambda x: x.reshape(b, l, a, *x.shape[1:]), out)
 
 
