@@ -205,16 +205,8 @@ class Checkpointer:
 
   def _read(self, step):
     """Returns the verified record and host arrays of a step, or raises."""
-    record = self._manager.restore(
-      step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-    ).record
-    if record.pop('digest') != _seal(record):
-      raise ValueError('the record of checksums differs from its own checksum')
-    leaves = _read_arrays(self.directory / str(step) / 'state', record)
-    for path, leaf in record['leaves'].items():
-      if _digest(leaves[path]) != leaf['digest']:
-        raise ValueError(f'{path} differs from its checksum')
-    return record, leaves
+    record = _read_record(self.directory / str(step))
+    return record, _read_verified(self.directory / str(step), record)
 
   def _clear_way_for(self, step):
     """Deletes leftovers, damaged steps, and an unverified one of this number.
@@ -252,6 +244,35 @@ class Checkpointer:
         f'{_first_line(error)}. Make room, make the folder writable, or '
         'choose another one',
       ) from error
+
+
+def load(directory: str | os.PathLike) -> dict[str, np.ndarray]:
+  """All leaves of the newest step that verifies, {path: array}.
+
+  Args:
+    directory: a `checkpoints/` folder; nothing in it is changed.
+
+  Raises:
+    OSError: there is no such folder.
+    ValueError: no step in it is intact.
+  """
+  directory = pathlib.Path(os.path.abspath(directory))
+  if not directory.is_dir():
+    raise FileNotFoundError(f'there is no folder {directory}')
+  steps = (int(p.name) for p in directory.iterdir() if p.name.isdecimal())
+  reasons = []
+  for step in sorted(steps, reverse=True):
+    try:
+      record = _read_record(directory / str(step))
+      return _read_verified(directory / str(step), record)
+    except (MemoryError, PermissionError):
+      raise
+    except Exception as error:  # damaged bytes can raise anything at all
+      reasons.append(f'step {step}: {_first_line(error)}')
+  raise ValueError(
+    f'no checkpoint in {directory} is intact'
+    + (f' ({"; ".join(reasons)})' if reasons else ': there is none')
+  )
 
 
 class _LaterStepsError(ValueError):
@@ -299,6 +320,23 @@ def _kind(x):
   elif not hasattr(x, 'dtype'):
     x = np.asarray(x)
   return {'shape': list(x.shape), 'dtype': jnp.dtype(x.dtype).name}
+
+
+def _read_record(folder):
+  """Returns the record of a step's folder, or raises."""
+  record = ocp.JsonCheckpointHandler().restore(folder / 'record')
+  if record.pop('digest') != _seal(record):
+    raise ValueError('the record of checksums differs from its own checksum')
+  return record
+
+
+def _read_verified(folder, record):
+  """Returns {path: array} of a step's folder, or raises."""
+  leaves = _read_arrays(folder / 'state', record)
+  for path, leaf in record['leaves'].items():
+    if _digest(leaves[path]) != leaf['digest']:
+      raise ValueError(f'{path} differs from its checksum')
+  return leaves
 
 
 def _read_arrays(folder, record):
