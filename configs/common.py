@@ -33,10 +33,12 @@ def get_config() -> ConfigDict:
   config.episodes.draws = 0  # episodes of a step; 0 for one per support image
 
   config.model = ConfigDict()
-  config.model.backbone = (
-    'resnet50'  # of the tables in distillfss_jax/backbones
-  )
-  config.model.backbone_fields = ConfigDict()  # for its constructor
+  config.model.init = ''  # where its weights come from; see weights.py
+  config.model.dont_load = ()  # regex: what of those files, or here, stays out
+  config.model.backbone = ConfigDict()
+  config.model.backbone.name = 'resnet50'  # of the tables in backbones/
+  config.model.backbone.fields = ConfigDict()  # for its constructor
+  config.model.backbone.init = ''  # weights of the backbone alone
   config.model.heads = 8
   config.model.dropout = 0.5
   config.model.positional = True
@@ -82,7 +84,7 @@ def get_config() -> ConfigDict:
 def smoke(config: ConfigDict) -> ConfigDict:
   """The same experiment in a minute: tiny images, backbone and step count."""
   config.data.image_size = 64
-  config.model.backbone = 'resnet_tiny'
+  config.model.backbone.name = 'resnet_tiny'
   config.steps = 4
   config.log_every = 2
   config.checkpoint_every = 2

@@ -28,7 +28,7 @@ def get_config(arg=None):
   config.support.shots = 40
   # A small backbone without weights has to learn too. What counts for it is
   # the number of steps, so a step is one random episode instead of all 40.
-  config.model.backbone = 'resnet_tiny'
+  config.model.backbone.name = 'resnet_tiny'
   config.optim.trainable = ('D', 'student', 'backbone')
   config.episodes.kind = 'random'
   config.episodes.draws = 1

@@ -177,17 +177,18 @@ def from_torch(
       twice, not at all or in another shape. All are listed.
   """
   compiled = [(re.compile(regex), path, kind) for regex, path, kind in rules]
-  found, stacks, sources, faults = {}, {}, {}, []
+  found, stacks, sources, strange, faults = {}, {}, {}, {}, []
   for name in sorted(tensors):
     claims = [
       (match.expand(path), kind)
       for regex, path, kind in compiled
       if (match := regex.fullmatch(name))
     ]
-    if len(claims) != 1:
-      shape = tuple(tensors[name].shape)
-      how = f'claimed {len(claims)} times: {claims}' if claims else 'unclaimed'
-      faults.append(f'  torch tensor {name} {shape}: {how}')
+    if not claims:
+      strange[name] = tuple(tensors[name].shape)
+      continue
+    if len(claims) > 1:
+      faults.append(f'  torch tensor {name}: claimed by {claims}')
       continue
     [(place, kind)] = claims
     if kind == 'drop':
@@ -214,15 +215,114 @@ def from_torch(
     else:
       found[path] = np.stack([parts[i] for i in range(len(parts))])
   given = {path: array.shape for path, array in found.items()}
-  faults += _differences(dict(shapes), given)
+  faults += _differences(dict(shapes), given) + _left_over(
+    strange, shapes, rules
+  )
   if faults:
     raise ValueError('the torch tensors do not fit:\n' + '\n'.join(faults))
   return {path: found[path] for path in shapes}
 
 
+def _left_over(strange, shapes, rules):
+  """Lines on torch tensors that no rule claims, with the nearest known."""
+  if not strange:
+    return []
+  empty = {
+    path: np.broadcast_to(np.float32(0), shape)
+    for path, shape in shapes.items()
+  }
+  try:
+    known = to_torch(empty, rules)
+  except ValueError:  # the table does not fit these paths: a line above says so
+    known = {}
+  lines = []
+  for name, shape in sorted(strange.items())[:_LINES]:
+    near = _near(name, known)
+    hint = f'; nearest: {", ".join(near)}' if near else ''
+    lines.append(f'  left over: torch tensor {name} {shape}{hint}')
+  if len(strange) > _LINES:
+    lines.append(f'  left over: {len(strange) - _LINES} more torch tensors')
+  return lines
+
+
+def places(names: Iterable[str], rules: Rules) -> dict[str, str]:
+  """{torch name: path} of the names that the rules claim; '' is dropped."""
+  compiled = [(re.compile(regex), path, kind) for regex, path, kind in rules]
+  return {
+    name: '' if kind == 'drop' else match.expand(path).partition('@')[0]
+    for name in names
+    for regex, path, kind in compiled
+    if (match := regex.fullmatch(name))
+  }
+
+
+def to_torch(arrays: Mapping[str, Any], rules: Rules) -> dict[str, np.ndarray]:
+  r"""The inverse of `from_torch`: {torch name: array}, in torch's layouts.
+
+  The rules are read backwards. So that this is possible, a regex consists of
+  plain text and of groups without groups in them, all named by its template.
+
+  Args:
+    arrays: {path: array} of parameters that the rules fill.
+    rules: the table of the model; rows that drop are passed over.
+
+  Raises:
+    ValueError: paths that no rule or more than one rule fills; all are listed.
+  """
+  backward = [
+    (re.compile(path), name, kind)
+    for path, name, kind in map(_backward, rules)
+    if kind != 'drop'
+  ]
+  found, faults = {}, []
+  for path, array in arrays.items():
+    array = np.asarray(array)
+    stacked = any(regex.fullmatch(f'{path}@0') for regex, _, _ in backward)
+    parts = {path: array}
+    if stacked:
+      parts = {f'{path}@{i}': part for i, part in enumerate(array)}
+    for place, part in parts.items():
+      claims = [
+        (match.expand(name), kind)
+        for regex, name, kind in backward
+        if (match := regex.fullmatch(place))
+      ]
+      if len(claims) != 1:
+        faults.append(f'  {place} {part.shape}: filled by {claims or "none"}')
+        continue
+      [(name, kind)] = claims
+      axes = _AXES[kind]
+      found[name] = part.transpose(np.argsort(axes)) if axes else part
+  if faults:
+    raise ValueError('no torch tensors for:\n' + '\n'.join(faults))
+  return found
+
+
+def _backward(rule):
+  r"""(regex of a path, template of a name, layout) of a rule read backwards."""
+  regex, path, kind = rule
+  groups = re.findall(r'\(([^()?][^()]*)\)', regex)
+  back, order = '', []
+  for text, group in re.findall(r'([^\\]*)(?:\\(\d))?', path):
+    back += re.escape(text)
+    if group:
+      back += f'({groups[int(group) - 1]})'
+      order.append(int(group))
+  count = iter(range(1, len(groups) + 1))
+  name = re.sub(
+    r'\([^()?][^()]*\)',
+    lambda _: f'\\{order.index(next(count)) + 1}' if kind != 'drop' else '',
+    regex,
+  )
+  return back, name.replace('\\.', '.'), kind
+
+
+_AXES = {'conv': (2, 3, 1, 0), 'linear': (1, 0), 'copy': None}
+
+
 def _from_layout(array: np.ndarray, kind: str) -> np.ndarray:
   """One torch tensor in our layout."""
-  axes = {'conv': (2, 3, 1, 0), 'linear': (1, 0), 'copy': None}
+  axes = _AXES
   if kind not in axes:
     raise ValueError(
       f'layout {kind!r} is unknown; known are {sorted(axes)} and drop'

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from distillfss_jax import optim, parallel, params, systems
+from distillfss_jax import optim, parallel, params, systems, weights
 from distillfss_jax.types import TrainState
 
 
@@ -23,6 +23,7 @@ class Program:
   """What a run calls; nothing here is called in a Python loop over images.
 
   draw: () -> {path: array}, the initial variables.
+  load: variables -> variables, with the weights that the config names.
   start: variables -> TrainState.
   bank: variables, images, labels -> Bank.
   memorize: variables, Support -> memory.
@@ -33,6 +34,7 @@ class Program:
   """
 
   draw: Callable
+  load: Callable
   start: Callable
   bank: Callable
   memorize: Callable
@@ -80,6 +82,7 @@ def build(config, ways: int, over: jax.sharding.Mesh) -> Program:
   sweep = functools.partial(_sweep, config, module, tx, micro)
   return Program(
     draw=draw,
+    load=functools.partial(weights.load, config, system),
     start=jax.jit(start),
     bank=jax.jit(lambda variables, *args: module(variables).bank(*args)),
     memorize=jax.jit(lambda variables, x: module(variables).memorize(x)),

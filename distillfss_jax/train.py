@@ -73,11 +73,18 @@ def run(config, workdir: str | os.PathLike) -> dict:
   tables = episode_tables(config, data.present)
   over = parallel.mesh()
   compiled = program.build(config, len(data.dataset.classes), over)
-  _claim(config, workdir)
   initial = compiled.draw()
+  # What is wrong with files of weights is said before there is a folder; a run
+  # that goes on has no need of them.
+  fresh = not (workdir / 'checkpoints').exists()
+  if fresh:
+    initial = compiled.load(initial)
+  _claim(config, workdir)
   logging.info('parameters:\n%s', _overview(initial, compiled, config))
   saver = checkpoint.Checkpointer(workdir / 'checkpoints')
   found = saver.restore(jax.eval_shape(compiled.start, initial))
+  if not (found or fresh):
+    initial = compiled.load(initial)
   out = writer.create(workdir, resume_step=found.step if found else -1)
   try:
     job = _Job(config, workdir, data, tables, over, compiled, saver, out)

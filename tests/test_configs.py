@@ -34,7 +34,7 @@ def as_argument(overrides):
 def keys(config, path=''):
   """Yields the paths of all keys; those of constructors' arguments are free."""
   for name, value in config.items():
-    if path + name in ('data.args', 'model.backbone_fields'):
+    if path + name in ('data.args', 'model.backbone.fields'):
       yield path + name
     elif hasattr(value, 'items'):
       yield from keys(value, f'{path}{name}.')
@@ -44,7 +44,7 @@ def keys(config, path=''):
 
 def assert_names_exist(config):
   assert config.system in systems.names()
-  assert config.model.backbone in backbones.variants()
+  assert config.model.backbone.name in backbones.variants()
   assert config.data.name in core.names()
   assert config.support.shots >= 1
   assert config.steps >= 1
@@ -80,7 +80,7 @@ def test_loads_anew(name):
 def test_smoke_is_small(name):
   config = load(name, 'smoke')
   assert config.data.image_size == 64
-  assert config.model.backbone == 'resnet_tiny'
+  assert config.model.backbone.name == 'resnet_tiny'
   assert config.steps <= 4
   assert config.checkpoint_every < config.steps
   assert config.is_locked
@@ -137,7 +137,7 @@ def test_unknown_names_list_what_exists():
   for path, value, known in (
     ('system', 'destillfss', 'distillfss'),
     ('student', 'fool', 'light'),
-    ('model.backbone', 'resnet5', 'resnet_tiny'),
+    ('model.backbone.name', 'resnet5', 'resnet_tiny'),
   ):
     wrong = config.copy_and_resolve_references()
     wrong.update_from_flattened_dict({path: value})
@@ -152,7 +152,7 @@ def test_arguments():
     'nucleus', 'shots=10,backbone=resnet50,student=light,seed=3,method=distill'
   )
   assert (config.support.shots, config.seed) == (10, 3)
-  assert (config.model.backbone, config.student) == ('resnet50', 'light')
+  assert (config.model.backbone.name, config.student) == ('resnet50', 'light')
   assert load('nucleus', 'method=transfer').system == 'transferfss'
   assert load('nucleus') == load('nucleus', '')
 

@@ -31,8 +31,8 @@ TEXTS = sorted(
 
 # Who stands where; what is not named stands on top, beside main.
 FLOORS = {
-  'types': 0,
-  **dict.fromkeys(('ops', 'params', 'files'), 1),
+  **dict.fromkeys(('types', 'files'), 0),
+  **dict.fromkeys(('ops', 'params', 'archive', 'hub'), 1),
   **dict.fromkeys(
     (
       'backbones', 'data', 'optim', 'checkpoint', 'writer', 'parallel',
@@ -41,7 +41,7 @@ FLOORS = {
     2,
   ),
   'models': 3,
-  'systems': 4,
+  **dict.fromkeys(('systems', 'weights'), 4),
   **dict.fromkeys(('program', 'evaluators'), 5),
   'train': 6,
 }  # fmt: skip

@@ -37,13 +37,13 @@ def work(out, address='', processes=1, process=0):
     )
   config = common.get_config()
   config.data.image_size = _SIZE
-  config.model.backbone = 'resnet_tiny'
+  config.model.backbone.name = 'resnet_tiny'
   config.model.heads = 2
   config.student = 'light'
   config.backbone_mode = 'reference'
   config.optim.lr = 1e-4
   with config.unlocked():
-    config.model.backbone_fields.width = 4
+    config.model.backbone.fields.width = 4
   assert config.model.dropout == 0.5
   over = parallel.mesh()
   built = program.build(config, _WAYS, over)

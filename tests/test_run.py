@@ -154,7 +154,7 @@ def test_a_run_leaves_its_folder(finished):
   assert f'{STEPS}/{STEPS}' in done.stderr  # progress
   config = json.loads((workdir / 'config.json').read_text())
   assert config['steps'] == STEPS
-  assert config['model']['backbone'] == 'resnet_tiny'
+  assert config['model']['backbone']['name'] == 'resnet_tiny'
   ids = json.loads((workdir / 'ids.json').read_text())
   assert len(ids['support']) == config['support']['shots']
   assert len(ids['test']) == 4
@@ -369,7 +369,7 @@ def test_what_cannot_run_says_so_at_once(tmp_path):
     ('system', 'distillfss'),
     ('student', 'light'),
     ('episodes.kind', 'leave_one_out'),
-    ('model.backbone', 'resnet_tiny'),
+    ('model.backbone.name', 'resnet_tiny'),
     ('data.name', 'synthetic'),
     ('support.rule', 'even'),
     ('backbone_mode', 'frozen'),

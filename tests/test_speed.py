@@ -144,7 +144,7 @@ def test_test_time(tmp_path):
   assert done.returncode == 0, done.stderr
   assert 'teacher, 2 shots: compiled in' in done.stderr
   results = json.loads(out.read_text())
-  assert results['config']['model']['backbone'] == 'resnet_tiny'
+  assert results['config']['model']['backbone']['name'] == 'resnet_tiny'
   assert results['versions']['jax'] == jax.__version__
   assert results['cpus'] == os.cpu_count()
   assert results['matrix_gflop_per_second'] > 0

@@ -97,7 +97,7 @@ def _config(arch, size, kind, mode='frozen', lr=1e-4):
   config.system = {'distill': 'distillfss', 'focal': 'transferfss'}[kind]
   config.backbone_mode = mode
   config.data.image_size = size
-  config.model.backbone = _BACKBONES[arch][0]
+  config.model.backbone.name = _BACKBONES[arch][0]
   config.model.dropout = 0.0
   config.model.mix_size = 96  # the original's, at any image size
   config.optim.lr = lr
@@ -592,18 +592,18 @@ def _small(**changes):
   """A small config; changes are by dotted name, with '__' for the dot."""
   config = common.get_config()
   config.data.image_size = _SIZE
-  config.model.backbone = 'resnet_tiny'
+  config.model.backbone.name = 'resnet_tiny'
   config.model.heads = 2
   config.student = 'light'
   config.loss.update(_WEIGHTS)
   with config.unlocked():
-    config.model.backbone_fields.width = 4
+    config.model.backbone.fields.width = 4
   for name, value in changes.items():
     *path, last = name.split('__')
     node = config
     for part in path:
       node = node[part]
-    if last == 'backbone_fields':
+    if last == 'fields':
       with config.unlocked():
         node[last] = value
     else:
@@ -996,7 +996,7 @@ def test_reference_mode_drops_paths(mode):
     model__dropout=0.0,
     data__image_size=2 * _SIZE,
     model__backbone='swin_tiny_test',
-    model__backbone_fields={
+    model__backbone__fields={
       'window': 4,
       'embed': 8,
       'depths': (1, 1, 1, 1),
@@ -1029,9 +1029,9 @@ def test_reference_mode_drops_paths(mode):
 def test_backbone_is_built_for_the_image_size():
   config = _small(system='transferfss', optim__trainable=('D',))
   config.data.image_size = 768
-  config.model.backbone = 'swin_b'
+  config.model.backbone.name = 'swin_b'
   with config.unlocked():
-    config.model.backbone_fields = {}
+    config.model.backbone.fields = {}
   system, _, _ = systems.build(config, 1)
   assert system.teacher.backbone.image_size == 768
 

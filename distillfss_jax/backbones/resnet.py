@@ -17,13 +17,16 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from distillfss_jax import params
 from distillfss_jax.ops import conv
 from distillfss_jax.types import Array, Pyramid
 
 EPSILON = 1e-5
 MOMENTUM = 0.1  # of the newest statistics, as torch counts it
+CLASSES = 1000  # of ImageNet, in the checkpoints' classifier
 EXPANSION = 4  # channels of a bottleneck's output over those of its 3x3
 
 # How a BatchNorm layer, given with its path, acts on its input.
@@ -69,6 +72,7 @@ TORCH_NAMES = (
   (r'(.*\.)?num_batches_tracked', '', 'drop'),
   (r'fc\.(weight|bias)', '', 'drop'),
 )
+TABLES = (TORCH_NAMES,)
 
 
 class Conv(nnx.Module):
@@ -297,6 +301,32 @@ def update_statistics(
     return rest * old + jnp.dot(share, own, precision='highest')
 
   return {path: moved(running[path], own) for path, own in statistics.items()}
+
+
+def torch_buffers(backbone: ResNet) -> dict[str, np.ndarray]:
+  """What PyTorch keeps beside the parameters: here, nothing that counts."""
+  return {}
+
+
+def torch_unused(backbone: ResNet) -> dict[str, np.ndarray]:
+  """What the original loads and never reads, {torch name: array}.
+
+  BatchNorm counts its batches but, having a momentum, does not use the count.
+  """
+  norms = [p for p in params.shapes(backbone) if p.endswith('/mean')]
+  means = params.to_torch(
+    {path: np.zeros(0, np.float32) for path in norms}, TORCH_NAMES
+  )
+  counts = {
+    name.replace('running_mean', 'num_batches_tracked'): np.zeros((), np.int64)
+    for name in means
+  }
+  channels = backbone.channels[-1]
+  return {
+    **counts,
+    'fc.weight': np.zeros((CLASSES, channels), np.float32),
+    'fc.bias': np.zeros(CLASSES, np.float32),
+  }
 
 
 variants = {

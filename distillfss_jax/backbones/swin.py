@@ -16,6 +16,7 @@ from distillfss_jax.types import Array, Pyramid
 
 EPSILON = 1e-5
 MASKED = -100.0  # added to the logits of tokens that are no neighbours
+CLASSES = 1000  # of ImageNet, in the checkpoints' classifier
 
 _BLOCK = r'layers\.(\d+)\.blocks\.(\d+)\.'
 _PATH = r'layers/\1/blocks/\2/'
@@ -55,6 +56,26 @@ TORCH_NAMES = (
   (_BLOCK + r'attn_mask', '', 'drop'),
   (r'(norm|head)\.(weight|bias)', '', 'drop'),
 )
+
+# timm puts the step to the next stage at that stage's head.
+TIMM_NAMES = (
+  *(row for row in TORCH_NAMES if 'downsample' not in row[0]),
+  *(
+    (
+      rf'layers\.{i + 1}\.downsample\.{name}',
+      f'layers/{i}/downsample/{path}',
+      layout,
+    )
+    for i in range(3)
+    for name, path, layout in (
+      (r'norm\.weight', 'norm/scale', 'copy'),
+      (r'norm\.bias', 'norm/bias', 'copy'),
+      (r'reduction\.weight', 'reduction/kernel', 'linear'),
+    )
+  ),
+  (r'head\.fc\.(weight|bias)', '', 'drop'),
+)
+TABLES = (TORCH_NAMES, TIMM_NAMES)
 
 # Swin cuts its normal distribution at +-2, a hundred times this deviation.
 _normal = nnx.initializers.normal(0.02)
@@ -337,6 +358,33 @@ class Swin(nnx.Module):
       if stage.downsample is not None:
         x = stage.downsample(x)
     return tuple(pyramid)
+
+
+def torch_buffers(backbone: Swin) -> dict[str, np.ndarray]:
+  """What PyTorch keeps beside the parameters, {torch name: array}."""
+  found = {}
+  for i, stage in enumerate(backbone.layers):
+    for j, block in enumerate(stage.blocks):
+      name = f'layers.{i}.blocks.{j}.'
+      index = relative_position_index(block.window)
+      found[name + 'attn.relative_position_index'] = index.astype(np.int64)
+      if block.shift:
+        regions = shift_regions(block.size, block.window)
+        strangers = regions[:, :, None] != regions[:, None, :]
+        mask = np.where(strangers, np.float32(MASKED), np.float32(0))
+        found[name + 'attn_mask'] = mask
+  return found
+
+
+def torch_unused(backbone: Swin) -> dict[str, np.ndarray]:
+  """What the original loads and never reads: its classifier, empty here."""
+  channels = backbone.channels[-1]
+  return {
+    'norm.weight': np.ones(channels, np.float32),
+    'norm.bias': np.zeros(channels, np.float32),
+    'head.weight': np.zeros((CLASSES, channels), np.float32),
+    'head.bias': np.zeros(CLASSES, np.float32),
+  }
 
 
 def _drop(key, block, rate, branch, x):

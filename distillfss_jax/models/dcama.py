@@ -64,6 +64,8 @@ TORCH_NAMES = (
   ),
 )
 
+_TABLE = 10000  # rows of the original's table of positions
+
 
 @flax.struct.dataclass
 class Memory:
@@ -339,6 +341,14 @@ class DCAMA(base.FewShotSegmenter):
 
   def _split(self, x: Array) -> Array:
     return x.reshape(*x.shape[:-1], self.heads, -1)
+
+
+def torch_buffers(segmenter: DCAMA) -> dict[str, np.ndarray]:
+  """What PyTorch keeps beside the parameters, {torch name: array}."""
+  return {
+    f'pe.{i}.pe': positions(_TABLE, c)[None]
+    for i, c in enumerate(segmenter.backbone.channels[1:])
+  }
 
 
 def positions(tokens: int, channels: int) -> np.ndarray:

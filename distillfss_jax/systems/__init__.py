@@ -39,10 +39,10 @@ def build(config, ways: int):
 
   def make(rngs, backbone_trains):
     backbone = backbones.build(
-      model.backbone,
+      model.backbone.name,
       image_size=config.data.image_size,
       rngs=rngs,
-      **model.backbone_fields,
+      **model.backbone.fields,
     )
     teacher = dcama.DCAMA(
       backbone,

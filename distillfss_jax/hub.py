@@ -1,0 +1,235 @@
+"""Published weights: what they are, where they are, and how to get them.
+
+What lies on the Hugging Face Hub is downloaded into that hub's own cache, with
+its progress bar, its tokens and its offline mode (HF_HUB_OFFLINE=1). What lies
+elsewhere, and what a machine without a network needs, is put by hand into the
+folder `weights`, or into that which DISTILLFSS_WEIGHTS names.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import os
+import pathlib
+from collections.abc import Mapping
+
+import huggingface_hub
+from huggingface_hub import errors
+
+FILE = 'model.safetensors'  # of a hub repository, where none is named
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+  """Weights that somebody published.
+
+  file: its name. repo: on the Hugging Face Hub; '' where it is elsewhere.
+  url: of the file, or of the page that has it. licence: as its owners say.
+  sha256: the beginning of it, as published; '' where it is not.
+  model: 'backbone', or the segmenter it is of.
+  fields: what the config must say for it, {key: value}.
+  """
+
+  file: str
+  url: str
+  licence: str
+  repo: str = ''
+  sha256: str = ''
+  model: str = 'backbone'
+  fields: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+
+_TIMM = 'https://github.com/huggingface/pytorch-image-models/releases/download'
+_TORCH = 'https://download.pytorch.org/models'
+_SWIN = 'https://github.com/SwinTransformer/storage/releases/download/v1.0.0'
+_DRIVE = 'https://drive.google.com/file/d'
+_HUB = 'https://huggingface.co'
+
+
+def _backbone(name, file, url, licence, **kwargs):
+  fields = {'model.backbone.name': name}
+  return Published(file, url, licence, fields=fields, **kwargs)
+
+
+def _timm(name, repo, licence='Apache-2.0'):
+  url = f'{_HUB}/timm/{repo}'
+  return _backbone(name, FILE, url, licence, repo=f'timm/{repo}')
+
+
+def _dcama(backbone, file, page):
+  return Published(
+    file,
+    f'{_DRIVE}/{page}',
+    'see its owners, github.com/pasqualedem/DistillFSS',
+    model='dcama',
+    fields={
+      'model.backbone.name': backbone,
+      'model.concat_support': False,
+    },
+  )
+
+
+PUBLISHED = {
+  # The backbones that DistillFSS's teachers were trained on.
+  'resnet50_a1h': _backbone(
+    'resnet50',
+    'resnet50_a1h-35c100f8.pth',
+    f'{_TIMM}/v0.1-rsb-weights/resnet50_a1h-35c100f8.pth',
+    'Apache-2.0',
+    sha256='35c100f8',
+  ),
+  'resnet101_a1h': _backbone(
+    'resnet101',
+    'resnet101_a1h-36d3f2aa.pth',
+    f'{_TIMM}/v0.1-rsb-weights/resnet101_a1h-36d3f2aa.pth',
+    'Apache-2.0',
+    sha256='36d3f2aa',
+  ),
+  'swin_b_384_microsoft': _backbone(
+    'swin_b',
+    'swin_base_patch4_window12_384.pth',
+    f'{_SWIN}/swin_base_patch4_window12_384.pth',
+    'MIT',
+  ),
+  # The same and others, as the hub has them.
+  'timm/resnet50.a1h_in1k': _timm('resnet50', 'resnet50.a1h_in1k'),
+  'timm/resnet101.a1h_in1k': _timm('resnet101', 'resnet101.a1h_in1k'),
+  'timm/resnet50.tv_in1k': _timm('resnet50', 'resnet50.tv_in1k', 'BSD-3'),
+  'timm/resnet101.tv_in1k': _timm('resnet101', 'resnet101.tv_in1k', 'BSD-3'),
+  'timm/swin_base_patch4_window12_384.ms_in1k': _timm(
+    'swin_b', 'swin_base_patch4_window12_384.ms_in1k', 'MIT'
+  ),
+  'timm/swin_base_patch4_window12_384.ms_in22k_ft_in1k': _timm(
+    'swin_b', 'swin_base_patch4_window12_384.ms_in22k_ft_in1k', 'MIT'
+  ),
+  'resnet50_torchvision': _backbone(
+    'resnet50',
+    'resnet50-0676ba61.pth',
+    f'{_TORCH}/resnet50-0676ba61.pth',
+    'BSD-3',
+    sha256='0676ba61',
+  ),
+  'resnet101_torchvision': _backbone(
+    'resnet101',
+    'resnet101-63fe2227.pth',
+    f'{_TORCH}/resnet101-63fe2227.pth',
+    'BSD-3',
+    sha256='63fe2227',
+  ),
+  'dinov3_vitl16': _backbone(
+    'dinov3_vitl16',
+    'dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth',
+    'https://ai.meta.com/dinov3 (on request)',
+    'DINOv3 licence',
+    sha256='8aa4cbdd',
+  ),
+  # Teachers, episodically trained on PASCAL-5i fold 0 without support skips.
+  'dcama_swin_b': _dcama(
+    'swin_b',
+    'swin_fold0_pascal_modcross_soft.safetensors',
+    '1J45U_rh-QnrFsS_YkBs9zR0GqGsQP2en',
+  ),
+  'dcama_resnet50': _dcama(
+    'resnet50',
+    'resnet50_fold0_pascal_modcross_soft.pt',
+    '1Z6RKkOmqeEKmpEhCY9CVjJS8ykUEaC7D',
+  ),
+  # A teacher with its students.
+  'pasqualedem/DistillFSS_WeedMap_DCAMA_5shot': Published(
+    FILE,
+    f'{_HUB}/pasqualedem/DistillFSS_WeedMap_DCAMA_5shot',
+    'see its owners',
+    repo='pasqualedem/DistillFSS_WeedMap_DCAMA_5shot',
+    model='dcama',
+    fields={'model.concat_support': False, 'student': 'full'},
+  ),
+}
+
+
+def local_folder() -> pathlib.Path:
+  """Where files that are put by hand lie."""
+  return pathlib.Path(os.environ.get('DISTILLFSS_WEIGHTS', 'weights'))
+
+
+def find(source: str) -> pathlib.Path:
+  """The file or folder of a source, downloaded if it has to be.
+
+  Args:
+    source: a path, a name in `PUBLISHED`, or 'owner/repository' or
+      'owner/repository/file' on the Hugging Face Hub.
+
+  Raises:
+    OSError: it is none of these, or there is no network; says which file to
+      put where.
+    ValueError: the file is not the published one, by its checksum.
+  """
+  path = pathlib.Path(source).expanduser()
+  if path.exists():
+    return path
+  entry = PUBLISHED.get(source)
+  if entry is None:
+    owner, _, rest = source.partition('/')
+    repo, _, file = rest.partition('/')
+    is_name = not source.startswith(('/', '.', '~')) and owner and repo
+    if not is_name or pathlib.Path(source).suffix in ('.pt', '.pth'):
+      raise FileNotFoundError(
+        f'no file or folder {source}, and no published weights of that name; '
+        f'there are: {", ".join(PUBLISHED)}, and any owner/repository of the '
+        'Hugging Face Hub'
+      )
+    url = f'{_HUB}/{owner}/{repo}'
+    entry = Published(file or FILE, url, '', repo=f'{owner}/{repo}')
+  by_hand = local_folder() / (entry.repo or '') / entry.file
+  path = by_hand
+  if not by_hand.exists():
+    advice = f'download {entry.file} from {entry.url} and put it at {by_hand}'
+    if not entry.repo:
+      raise FileNotFoundError(
+        f'{source} is not on the Hugging Face Hub: {advice}'
+      )
+    path = _download(source, entry, advice)
+  _check(path, entry)
+  return path
+
+
+def _download(source, entry, advice):
+  # The hub's client tells of each of its attempts; one line at the end does.
+  attempts = logging.getLogger('huggingface_hub.utils._http')
+  level = attempts.level
+  attempts.setLevel(logging.ERROR)
+  try:
+    return pathlib.Path(huggingface_hub.hf_hub_download(entry.repo, entry.file))
+  except errors.GatedRepoError as error:
+    raise OSError(
+      f'{source} is given on request: ask for it at {entry.url}, then '
+      f'`hf auth login`; or {advice}'
+    ) from error
+  except errors.LocalEntryNotFoundError as error:
+    raise OSError(
+      f'{source} is not in the cache of the Hugging Face Hub, which cannot be '
+      f'reached (no network, or HF_HUB_OFFLINE is set): {advice}'
+    ) from error
+  except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+    raise OSError(
+      f'{source} cannot be downloaded from {entry.url}: '
+      f'{str(error).strip().splitlines()[0]}'
+    ) from error
+  finally:
+    attempts.setLevel(level)
+
+
+def sha256(path: str | os.PathLike) -> str:
+  """The checksum of a file."""
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _check(path, entry):
+  if not entry.sha256:
+    return
+  found = sha256(path)[: len(entry.sha256)]
+  if found != entry.sha256:
+    raise ValueError(
+      f'{path} is not what was published: its sha256 begins with {found}, not '
+      f'{entry.sha256}; delete it and download it again from {entry.url}'
+    )
