@@ -451,6 +451,8 @@ _FUNCTIONS = {
   'torch Size': _first,
   'torch device': _nothing,
   'argparse Namespace': _nothing,
+  'pathlib PosixPath': _nothing,
+  'pathlib WindowsPath': _nothing,
   '_codecs encode': _nothing,
   'numpy dtype': _nothing,
   'numpy.core.multiarray scalar': _nothing,

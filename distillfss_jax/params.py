@@ -112,7 +112,7 @@ def merge(
   given = {p: a.shape for p, a in loaded.items() if p not in kept}
   _check(wanted, given, 'the parameters to load')
   return {
-    path: leaf if path in kept else loaded[path].astype(leaf.dtype)
+    path: leaf if path in kept else loaded[path].astype(leaf.dtype, copy=False)
     for path, leaf in current.items()
   }
 
