@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from distillfss_jax.data import nucleus, transforms
+from distillfss_jax.data import core, nucleus, transforms
 
 MEAN = np.float32([0.485, 0.456, 0.406])
 STD = np.float32([0.229, 0.224, 0.225])
@@ -13,8 +13,9 @@ STD = np.float32([0.229, 0.224, 0.225])
 
 @pytest.fixture(scope='module')
 def raw(shared):
-  with nucleus.Raw(shared('data/stage1_train.zip')) as files:
-    yield files
+  zipped = shared('data/stage1_train.zip')
+  with core.Files(zipped, nucleus.Nucleus.DOWNLOAD) as files:
+    yield nucleus.Layout(files)
 
 
 def read(raw, id_, size):

@@ -2,9 +2,11 @@
 
 A dataset's file in this folder has `load(**kwargs) -> Dataset`; one that lies
 on disk also has `prepare(raw, data_dir, ...)`, which turns its owners' download
-into ArrayRecord once, through a TFDS builder. Beside the records lies a
-manifest with the id, the size and the labels of every record, so that choosing
-a support set or ordering a test set decodes nothing.
+into ArrayRecord once, through a TFDS builder. It says what a *layout* is there:
+which ids there are, and how the files of one become an image and a label. The
+rest is here. Beside the records lies a manifest with the id, the size and the
+labels of every record, so that choosing a support set or ordering a test set
+decodes nothing.
 """
 
 import contextlib
@@ -14,9 +16,12 @@ import importlib
 import io
 import json
 import logging
+import math
 import pathlib
 import pkgutil
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -77,12 +82,18 @@ class SegmentationBuilder(
 ):
   """The TFDS builder all datasets on disk share: PNG image and PNG label.
 
-  A dataset derives from it, gives VERSION, CLASSES, PALETTE and a docstring,
-  and calls `write`. Sizes are kept as the owners publish them.
+  A dataset derives from it, gives these attributes and a docstring, and calls
+  `prepare`. Sizes are kept as the owners publish them.
+
+  CLASSES: names of labels 1..n. PALETTE: colours of labels 0..n.
+  DOWNLOAD: where to get the raw files, what to give as --raw, and the licence.
+  COUNT: images that the owners publish; None where they do not say.
   """
 
   CLASSES: tuple[str, ...]
   PALETTE: tuple[tuple[int, int, int], ...]
+  DOWNLOAD: str
+  COUNT: int | None = None
   splits = None  # dict of split name -> list of Checked; `write` sets both
   manifest = None
 
@@ -132,6 +143,72 @@ class SegmentationBuilder(
 
 class BadFileError(ValueError):
   """A file of a raw download that cannot be used; the message names it."""
+
+
+class Files:
+  """A download as its owners publish it: a folder, or a zip read in place.
+
+  names: paths of its files, sorted, with '/'; hidden ones are left out.
+  root: the folder, or None for a zip.
+  """
+
+  def __init__(self, path, download):
+    """Lists the files; ValueError where there are none, with `download`."""
+    if not path:
+      raise ValueError(f'--raw is not given: {download}')
+    self._path = pathlib.Path(path).expanduser()
+    self._zip, self.root = None, None
+    if self._path.is_dir():
+      self.root = self._path
+      found = (p for p in self._path.rglob('*') if p.is_file())
+      names = [p.relative_to(self._path).as_posix() for p in found]
+    elif self._path.is_file():
+      try:
+        self._zip = zipfile.ZipFile(self._path)
+      except zipfile.BadZipFile as error:
+        raise ValueError(
+          f'{path} is neither a folder nor a whole zip file ({error}): '
+          f'{download}'
+        ) from error
+      names = [x for x in self._zip.namelist() if not x.endswith('/')]
+    else:
+      raise ValueError(f'{path} does not exist: {download}')
+    self.names = tuple(sorted(x for x in names if not _hidden(x)))
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    if self._zip is not None:
+      self._zip.close()
+
+  def __str__(self):
+    return str(self._path)
+
+  def read(self, name):
+    """The bytes of a file; BadFileError where that fails."""
+    try:
+      if self._zip is None:
+        return (self._path / name).read_bytes()
+      return self._zip.read(name)
+    except (
+      OSError,
+      KeyError,
+      RuntimeError,
+      zipfile.BadZipFile,
+      zlib.error,
+    ) as error:
+      # RuntimeError: a member that is encrypted or packed in an unknown way.
+      raise BadFileError(f'{name}: cannot be read ({error})') from error
+
+  def decode(self, name, mode):
+    """An image file as uint8: [H, W, 3] in 'RGB', [H, W] in 'L'."""
+    return decode(self.read(name), name, mode)
+
+
+def _hidden(name):
+  parts = name.split('/')
+  return any(part.startswith('.') or part == '__MACOSX' for part in parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +290,110 @@ def check(ids, image, label, *, skip_bad):
   return good, bad
 
 
+def held_out(ids, share=0.2, seed=42):
+  """Gives the test ids that the reference's rule picks, in its order.
+
+  Parity: scikit-learn's train_test_split, which the reference calls with these
+  values on ids in the order of a directory listing; ours are sorted.
+  """
+  ids = sorted(ids)
+  shuffled = np.random.RandomState(seed).permutation(len(ids))
+  return [ids[i] for i in shuffled[: math.ceil(share * len(ids))]]
+
+
+def same_size(name, mask, size):
+  """Raises BadFileError where a mask is not of its image's size."""
+  if mask.shape[:2] != tuple(size):
+    sizes = [f'{w}x{h}' for h, w in (mask.shape[:2], size)]
+    raise BadFileError(f'{name}: mask is {sizes[0]}, its image {sizes[1]}')
+
+
+def prepare(builder, layout, raw, data_dir, *, skip_bad=False):
+  """Turns the owners' download into ArrayRecord under `data_dir`, once.
+
+  The raw files are only read, a zip without unpacking it.
+
+  Args:
+    builder: subclass of SegmentationBuilder.
+    layout: of a `Files`, makes an object with `ids`, `image(id)` uint8
+      [H, W, 3], `label(id, (H, W))` uint8 [H, W], both of which may raise
+      BadFileError, and `split(ids)`, which divides them: {'train': [...],
+      'test': [...]}. It may say below which folder, `top`, its files lie, and
+      raises ValueError where nothing of its form is there.
+    raw: the folder or zip.
+    data_dir: folder of all prepared datasets.
+    skip_bad: leave out images with a bad file instead of failing.
+
+  Returns:
+    (manifest, True), or at once (manifest, False) when it is there already.
+
+  Raises:
+    ValueError: without a usable download, or naming every bad file.
+  """
+  done = manifest(builder, data_dir)
+  if done is not None:
+    return done, False
+  place = folder(builder, data_dir)
+  with Files(raw, builder.DOWNLOAD) as files:
+    found = layout(files)
+    inside = files.root and files.root / getattr(found, 'top', '')
+    if inside and any(p.exists() and p.samefile(inside) for p in place.parents):
+      raise ValueError(
+        f'{place} would lie inside the raw folder {inside}, which is only '
+        'read: choose another --data_dir'
+      )
+    if builder.COUNT and len(found.ids) != builder.COUNT:
+      logging.warning(
+        '%s: %d images are there, its owners publish %d',
+        builder.name,
+        len(found.ids),
+        builder.COUNT,
+      )
+    good, skipped = check(
+      found.ids, found.image, found.label, skip_bad=skip_bad
+    )
+    by_id = {one.id: one for one in good}
+    splits = {
+      name: [by_id[i] for i in ids]
+      for name, ids in found.split(list(by_id)).items()
+    }
+    if not (splits['train'] and splits['test']):
+      raise ValueError(
+        f'{files} divides into {len(splits["train"])} train and '
+        f'{len(splits["test"])} test images, and both are needed: '
+        f'{builder.DOWNLOAD}'
+      )
+    return write(builder, data_dir, splits, skipped), True
+
+
+def load_prepared(builder, data_dir, keep=None):
+  """The Dataset of a prepared folder, divided as it was prepared.
+
+  Args:
+    builder: subclass of SegmentationBuilder.
+    data_dir: folder of all prepared datasets.
+    keep: row of the manifest -> whether it counts; None for all.
+
+  Raises:
+    FileNotFoundError: when it was not prepared.
+  """
+  made = manifest(builder, data_dir)
+  if made is None:
+    raise FileNotFoundError(unprepared(builder, data_dir))
+  classes = tuple(made.get('classes', builder.CLASSES))
+  palette = tuple(map(tuple, made.get('palette', builder.PALETTE)))
+  rows = [row for row in made['records'] if keep is None or keep(row)]
+  train, test = (
+    Prepared(
+      folder(builder, data_dir),
+      [row for row in rows if row['split'] == split],
+      len(classes),
+    )
+    for split in ('train', 'test')
+  )
+  return Dataset(builder.name, classes, palette, train, test)
+
+
 def folder(builder, data_dir):
   """Where the records of a builder class lie under `data_dir`."""
   root = pathlib.Path(data_dir).expanduser()
@@ -271,7 +452,13 @@ def write(builder, data_dir, splits, skipped):
   tfds.disable_progress_bar()  # ours counts images
   task = builder(data_dir=str(place.parents[1]))
   task.splits = splits
-  task.manifest = {'name': builder.name, 'records': rows, 'skipped': skipped}
+  task.manifest = {
+    'name': builder.name,
+    'classes': list(builder.CLASSES),
+    'palette': [list(colour) for colour in builder.PALETTE],
+    'records': rows,
+    'skipped': skipped,
+  }
   with (
     tempfile.TemporaryDirectory() as nothing,  # for downloads of TFDS: none
     contextlib.redirect_stdout(None),  # where it says that it downloads

@@ -9,11 +9,8 @@ nucleus in `<id>/masks/*.png`.
 import functools
 import json
 import logging
-import math
 import pathlib
 import re
-import zipfile
-import zlib
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -21,11 +18,6 @@ import tensorflow_datasets as tfds
 from distillfss_jax.data import core
 
 SPLITS = ('frozen', 'reference')
-DOWNLOAD = (
-  'get stage1_train.zip of BBBC038 (https://bbbc.broadinstitute.org/BBBC038) '
-  'or of the Kaggle competition data-science-bowl-2018, and give the zip, or '
-  'the folder it unpacks to, as --raw'
-)
 _TOPS = ('stage1_train', 'Nucleus', '')  # where <id> folders may lie
 _FILE = re.compile(r'([^/.][^/]*)/(images|masks)/([^/.][^/]*\.\w+)')
 
@@ -36,6 +28,11 @@ class Nucleus(core.SegmentationBuilder):
   VERSION = tfds.core.Version('1.0.0')
   CLASSES = ('nucleus',)
   PALETTE = ((0, 0, 0), (80, 200, 255))
+  DOWNLOAD = (
+    'get stage1_train.zip of BBBC038 (https://bbbc.broadinstitute.org/BBBC038, '
+    'CC0) or of the Kaggle competition data-science-bowl-2018, and give the '
+    'zip, or the folder it unpacks to, as --raw'
+  )
 
 
 def load(data_dir='data', split=None):
@@ -53,18 +50,13 @@ def load(data_dir='data', split=None):
   made = core.manifest(Nucleus, data_dir)
   if made is None:
     raise FileNotFoundError(core.unprepared(Nucleus, data_dir))
-  rows = {row['id']: row for row in made['records']}
   if split is None:
-    train, test = (
-      [row['id'] for row in made['records'] if row['split'] == part]
-      for part in ('train', 'test')
-    )
-  else:
-    train, test = split_ids(rows, split)
+    return core.load_prepared(Nucleus, data_dir)
+  rows = {row['id']: row for row in made['records']}
   place = core.folder(Nucleus, data_dir)
   train, test = (
     core.Prepared(place, [rows[i] for i in ids], len(Nucleus.CLASSES))
-    for ids in (train, test)
+    for ids in split_ids(rows, split)
   )
   return core.Dataset(
     Nucleus.name, Nucleus.CLASSES, Nucleus.PALETTE, train, test
@@ -81,7 +73,7 @@ def split_ids(ids, split):
   _known(split)
   ids = sorted(ids)
   if split == 'reference':
-    test = reference_test(ids)
+    test = core.held_out(ids)
   else:
     frozen, there = frozen_split(), set(ids)
     test = [i for i in frozen['test'] if i in there]
@@ -100,12 +92,6 @@ def _known(split):
     raise ValueError(f'split {split!r} is not one of {SPLITS}')
 
 
-def reference_test(ids):
-  """Gives the test ids the reference's rule picks, in its order."""
-  shuffled = np.random.RandomState(42).permutation(len(ids))
-  return [ids[i] for i in shuffled[: math.ceil(0.2 * len(ids))]]
-
-
 @functools.cache
 def frozen_split():
   """Reads splits/nucleus.json: lists 'train' and 'test' of ids."""
@@ -114,114 +100,55 @@ def frozen_split():
 
 
 def prepare(raw, data_dir, *, split='frozen', skip_bad=False):
-  """Turns the owners' download into ArrayRecord under `data_dir`.
+  """Turns the download into ArrayRecord; see `core.prepare`.
 
-  The raw files are only read, a zip without unpacking it. `split` says which
-  images lie in the TFDS splits 'train' and 'test'; `load` can divide them
-  anew.
-
-  Returns:
-    (manifest, True), or at once (manifest, False) when it is there already.
-
-  Raises:
-    ValueError: without a usable download, or naming every bad file.
+  `split` says which images lie in the TFDS splits 'train' and 'test'; `load`
+  can divide them anew.
   """
   _known(split)
-  done = core.manifest(Nucleus, data_dir)
-  if done is not None:
-    return done, False
-  with Raw(raw) as files:
-    place = core.folder(Nucleus, data_dir)
-    if files.top and any(
-      p.exists() and p.samefile(files.top) for p in place.parents
-    ):
-      raise ValueError(
-        f'{place} would lie inside the raw folder {files.top}, which is only '
-        'read: choose another --data_dir'
-      )
-    good, skipped = core.check(
-      sorted(files.ids), files.image, files.label, skip_bad=skip_bad
-    )
-    by_id = {one.id: one for one in good}
-    train, test = split_ids(by_id, split)
-    if not (train and test):
-      raise ValueError(
-        f'split {split!r} leaves {len(train)} train and {len(test)} test '
-        f'images of {len(good)}: is this stage1_train? --split reference '
-        'divides any images'
-      )
-    splits = {
-      'train': [by_id[i] for i in train],
-      'test': [by_id[i] for i in test],
-    }
-    return core.write(Nucleus, data_dir, splits, skipped), True
+  layout = functools.partial(Layout, split_name=split)
+  return core.prepare(Nucleus, layout, raw, data_dir, skip_bad=skip_bad)
 
 
-class Raw:
-  """A download as its owners publish it: a folder, or a zip read in place.
+class Layout:
+  """`<id>` folders at the top, in stage1_train/ or in Nucleus/.
 
-  The `<id>` folders lie at the top, in stage1_train/ or in Nucleus/.
-  `ids` maps each to its 'images' and 'masks', lists of file names.
+  `files_of` maps each id to its 'images' and 'masks', lists of file names.
   """
 
-  def __init__(self, path):
-    """Lists the files; ValueError when there are none of the right layout."""
-    if not path:
-      raise ValueError(f'--raw is not given: {DOWNLOAD}')
-    self._path = pathlib.Path(path).expanduser()
-    self._zip, self.top = None, None
-    if self._path.is_dir():
-      listed = (p for p in self._path.glob('**/*') if p.is_file())
-      listed = [p.relative_to(self._path).as_posix() for p in listed]
-    elif self._path.is_file():
-      try:
-        self._zip = zipfile.ZipFile(self._path)
-      except zipfile.BadZipFile as error:
-        raise ValueError(
-          f'{path} is neither a folder nor a whole zip file ({error}): '
-          f'{DOWNLOAD}'
-        ) from error
-      listed = self._zip.namelist()
-    else:
-      raise ValueError(f'{path} does not exist: {DOWNLOAD}')
+  def __init__(self, files, split_name='frozen'):
+    """Finds the ids; ValueError when there are none of the right layout."""
+    self._files, self._split = files, split_name
     for top in _TOPS:
-      self.ids = _by_id(listed, top)
-      if self.ids:
+      self.files_of = _by_id(files.names, top)
+      if self.files_of:
+        self.top = top
         break
     else:
-      self.__exit__()
       raise ValueError(
-        f'{path} has no <id>/images and <id>/masks, at its top or in '
-        f'stage1_train/ or Nucleus/ ({len(listed)} files of other names): '
-        f'{DOWNLOAD}'
+        f'{files} has no <id>/images and <id>/masks, at its top or in '
+        f'stage1_train/ or Nucleus/ ({len(files.names)} files of other names): '
+        f'{Nucleus.DOWNLOAD}'
       )
-    if self._zip is None:
-      self.top = self._path / top
+    self.ids = sorted(self.files_of)
 
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *error):
-    if self._zip is not None:
-      self._zip.close()
-
-  def _decode(self, name, mode):
-    try:
-      if self._zip is None:
-        contents = (self._path / name).read_bytes()
-      else:
-        contents = self._zip.read(name)
-    except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-      # RuntimeError: a member that is encrypted or packed in an unknown way.
-      raise core.BadFileError(f'{name}: cannot be read ({error})') from error
-    return core.decode(contents, name, mode)
+  def split(self, ids):
+    """Divides the ids by the rule; ValueError where one part is empty."""
+    train, test = split_ids(ids, self._split)
+    if not (train and test):
+      raise ValueError(
+        f'split {self._split!r} leaves {len(train)} train and {len(test)} test '
+        f'images of {len(ids)}: is this stage1_train? --split reference '
+        'divides any images'
+      )
+    return {'train': train, 'test': test}
 
   def image(self, id_):
     """Reads the image of an id, uint8 [H, W, 3]."""
-    images = self.ids[id_]['images']
+    images = self.files_of[id_]['images']
     if len(images) != 1:
       raise core.BadFileError(f'{id_}: {len(images)} files in images/, not one')
-    return self._decode(images[0], 'RGB')
+    return self._files.decode(images[0], 'RGB')
 
   def label(self, id_, size):
     """Unites the masks of an id, uint8 [H, W] in {0, 1}.
@@ -229,19 +156,16 @@ class Raw:
     Parity: (Q33) the reference adds the masks, so that a pixel where two
     nuclei overlap becomes label 2, which is no class; we take the logical or.
     """
-    masks = self.ids[id_]['masks']
+    masks = self.files_of[id_]['masks']
     if not masks:
       raise core.BadFileError(f'{id_}: no files in masks/')
     label, problems = np.zeros(size, bool), []
     for name in masks:
       try:
-        mask = self._decode(name, 'L')
+        mask = self._files.decode(name, 'L')
+        core.same_size(name, mask, size)
       except core.BadFileError as error:
         problems.append(str(error))
-        continue
-      if mask.shape != size:
-        sizes = [f'{w}x{h}' for h, w in (mask.shape, size)]
-        problems.append(f'{name}: mask is {sizes[0]}, its image {sizes[1]}')
         continue
       label |= mask >= 128
     if problems:
