@@ -174,7 +174,8 @@ def test_number_of_devices_changes_nothing(numbers, name, devices, episodes):
     assert moved > 0
     distance = (off / moved) ** 0.5
     print('distance:', distance)  # for `pytest -rP`
-    assert distance <= 1e-2
+    # That of a run with one episode left out is 0.25.
+  assert distance <= 3e-2
 
 
 def test_mesh_replicate_share_local():
