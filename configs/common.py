@@ -1,5 +1,6 @@
 """What the experiments share: every key there is, with its default."""
 
+import itertools
 import types
 
 from ml_collections import ConfigDict
@@ -24,7 +25,8 @@ def get_config() -> ConfigDict:
 
   config.support = ConfigDict()
   config.support.shots = 5
-  config.support.rule = 'even'  # even (the reference's) | random
+  # even (the reference's) | random | per_class | per_class_reference
+  config.support.rule = 'even'
   config.support.seed = 0  # of the random rule
 
   config.episodes = ConfigDict()
@@ -81,6 +83,74 @@ def get_config() -> ConfigDict:
   return config.lock()
 
 
+ARGUMENTS = {
+  'method': ('distill', 'transfer'),
+  'shots': int,
+  'backbone': ('swin_b', 'resnet50'),
+  'student': ('full', 'light', 'attention'),
+  'seed': int,
+  'smoke': False,
+}
+
+
+def benchmark(
+  arg: str | None,
+  name: str,
+  *,
+  steps: int,
+  transfer_steps: int | None = None,
+  shots: int = 5,
+  subsample: int = 1,
+  kind: str = 'leave_one_out',
+  rule: str = 'even',
+  known: dict | None = None,
+) -> tuple[ConfigDict, types.SimpleNamespace]:
+  """A dataset of the paper's benchmark, with what its experiments share.
+
+  Args:
+    arg: what follows the colon: see `ARGUMENTS`.
+    name: of the experiment and of the dataset's file.
+    steps: of DistillFSS. transfer_steps: of TransferFSS; None for the same.
+    shots: where `arg` says nothing.
+    subsample, kind: of the episodes. rule: of the support.
+    known: more arguments, as `parse` takes them.
+
+  Returns:
+    The config, and the arguments it was made from; finish with `done`.
+  """
+  arg = parse(
+    arg, defaults={'shots': shots, 'seed': 0}, **ARGUMENTS, **(known or {})
+  )
+  config = get_config()
+  with config.unlocked():
+    config.data.args.data_dir = 'data'
+  config.name = config.data.name = name
+  config.support.shots, config.support.rule = arg.shots, rule
+  config.episodes.kind, config.episodes.subsample = kind, subsample
+  config.model.backbone.name = arg.backbone
+  config.student, config.seed = arg.student, arg.seed
+  config.steps = steps
+  if arg.method == 'transfer':
+    config.system = 'transferfss'
+    config.steps = transfer_steps or steps
+    config.model.voting = 10
+    config.optim.trainable = ('D',)
+  return config, arg
+
+
+def done(config: ConfigDict, arg: types.SimpleNamespace) -> ConfigDict:
+  """The config, made small if the arguments ask for it."""
+  return smoke(config) if arg.smoke else config
+
+
+def grid(shots: tuple[int, ...], **more: tuple):
+  """The runs behind a row of the paper's tables."""
+  for values in itertools.product(
+    ('distill', 'transfer'), shots, ('swin_b', 'resnet50'), *more.values()
+  ):
+    yield dict(zip(('method', 'shots', 'backbone', *more), values, strict=True))
+
+
 def smoke(config: ConfigDict) -> ConfigDict:
   """The same experiment in a minute: tiny images, backbone and step count."""
   config.data.image_size = 64
@@ -101,14 +171,17 @@ def parse(arg: str | None, *, defaults: dict | None = None, **known):
     arg: the text, or None.
     defaults: of the numbers.
     **known: for each name, the values it may have (the first is the default),
-      `int`, or False for a flag.
+      `int`, `str`, or False for a flag.
 
   Raises:
     ValueError: a name or value that is not known; says what is.
   """
   defaults = defaults or {}
+  first = {int: 0, str: '', False: False}
   values = {
-    name: kind[0] if isinstance(kind, tuple) else defaults.get(name, kind)
+    name: kind[0]
+    if isinstance(kind, tuple)
+    else defaults.get(name, first[kind])
     for name, kind in known.items()
   }
   for item in filter(None, (arg or '').split(',')):
@@ -126,7 +199,7 @@ def parse(arg: str | None, *, defaults: dict | None = None, **known):
       if not text.isdecimal():
         raise ValueError(f'{name} needs a whole number, got {text!r}')
       values[name] = int(text)
-    elif text in kind:
+    elif kind is str or text in kind:
       values[name] = text
     else:
       raise ValueError(

@@ -19,38 +19,12 @@ from configs import common
 
 def get_config(arg=None):
   """The paper's settings; see the module's docstring for `arg`."""
-  arg = common.parse(
-    arg,
-    method=('distill', 'transfer'),
-    shots=int,
-    backbone=('swin_b', 'resnet50'),
-    student=('full', 'light', 'attention'),
-    seed=int,
-    smoke=False,
-    defaults={'shots': 5, 'seed': 0},
-  )
-  config = common.get_config()
+  config, arg = common.benchmark(arg, 'nucleus', steps=2500)
   with config.unlocked():
-    config.data.args.data_dir = 'data'
     config.data.args.split = 'frozen'
-  config.name = 'nucleus'
-  config.data.name = 'nucleus'
-  config.data.image_size = 384
-  config.support.shots = arg.shots
-  config.model.backbone.name = arg.backbone
-  config.student = arg.student
-  config.seed = arg.seed
-  config.steps = 2500
-  if arg.method == 'transfer':
-    config.system = 'transferfss'
-    config.model.voting = 10
-    config.optim.trainable = ('D',)
-  return common.smoke(config) if arg.smoke else config
+  return common.done(config, arg)
 
 
 def sweep():
   """The grid behind the paper's row."""
-  for method in ('distill', 'transfer'):
-    for shots in (5, 10, 25, 50):
-      for backbone in ('swin_b', 'resnet50'):
-        yield {'method': method, 'shots': shots, 'backbone': backbone}
+  return common.grid(shots=(5, 10, 25, 50))

@@ -1,15 +1,23 @@
-"""Turns a dataset's raw download into ArrayRecord, once.
+"""Turns a dataset's raw download into ArrayRecord, once, and shows it.
 
 python -m distillfss_jax.prepare --dataset nucleus --raw stage1_train.zip
+python -m distillfss_jax.prepare --dataset nucleus --show
 """
 
 import collections
+import dataclasses
+import inspect
+import pathlib
 import sys
 import time
 
+import numpy as np
 from absl import app, flags
 
-from distillfss_jax.data import core
+from distillfss_jax import report
+from distillfss_jax.data import core, pipeline
+
+_SHOWN, _SIZE = 10, 192  # images of each split on a contact sheet; pixels
 
 
 def run(dataset, raw, data_dir, **options):
@@ -22,18 +30,62 @@ def run(dataset, raw, data_dir, **options):
   if not hasattr(module, 'prepare'):
     print(f'{dataset} is made while it is read: nothing needs preparing.')
     return
+  known = inspect.signature(module.prepare).parameters
+  if strange := [f'--{name}' for name in options if name not in known]:
+    raise ValueError(f'{dataset} does not take {", ".join(strange)}')
   start = time.perf_counter()
   manifest, new = module.prepare(raw, data_dir, **options)
-  place = f'{data_dir}/{dataset}'
+  name = manifest['name']
+  place = f'{data_dir}/{name}'
   splits = collections.Counter(row['split'] for row in manifest['records'])
-  counts = ', '.join(f'{count} {name}' for name, count in splits.items())
+  counts = ', '.join(f'{count} {split}' for split, count in splits.items())
   if not new:
-    print(f'{dataset} is prepared already: {counts} images in {place}.')
+    print(f'{name} is prepared already: {counts} images in {place}.')
     return
   for id_, reason in manifest['skipped'].items():
     print(f'left out {id_}: {reason}')
   seconds = time.perf_counter() - start
-  print(f'{dataset}: {counts} images in {place}, {seconds:.0f} s.')
+  print(f'{name}: {counts} images in {place}, {seconds:.0f} s.')
+  if hasattr(module, 'summary'):
+    print(module.summary(manifest))
+
+
+def show(dataset, data_dir, **options):
+  """Writes a contact sheet beside the records; returns its path.
+
+  Images of both splits, evenly spaced, with their labels; the classes and how
+  many images have them; a histogram of sizes.
+
+  Raises:
+    ValueError, OSError: with one line that says what is wrong.
+  """
+  load = core.module(dataset).load
+  if 'data_dir' in inspect.signature(load).parameters:
+    options['data_dir'] = data_dir
+  made = load(**options)
+  rows = [report.legend(made.classes, made.palette)]
+  for split in ('train', 'test'):
+    source = getattr(made, split)
+    count = min(_SHOWN, len(source))
+    chosen = np.linspace(0, len(source) - 1, count).round().astype(int)
+    images = pipeline.load_support(
+      dataclasses.replace(made, train=source), chosen, _SIZE
+    )
+    rows.append(
+      report.support_panel(
+        images.images,
+        images.labels,
+        names=[f'{split} {id_[:14]}' for id_ in images.ids],
+        palette=made.palette,
+      )
+    )
+  present = np.concatenate([made.train.present, made.test.present]).sum(0)
+  sizes = np.concatenate([made.train.sizes, made.test.sizes])
+  counts = dict(zip(made.classes, present.tolist(), strict=True))
+  rows.append(report.histogram(sizes, counts))
+  path = pathlib.Path(data_dir) / made.name / 'show.png'
+  report.save(path, report.grid(rows))
+  return path
 
 
 def main(argv):
@@ -42,10 +94,16 @@ def main(argv):
   try:
     if len(argv) > 1:
       raise ValueError(f'what is {argv[1:]}? Options are --dataset, --raw, ...')
-    options = {'skip_bad': values.skip_bad}
-    if values.split is not None:
-      options['split'] = values.split
-    run(values.dataset, values.raw, values.data_dir, **options)
+    options = {
+      name: values[name].value
+      for name in ('skip_bad', 'split', 'name')
+      if values[name].value
+    }
+    if values.raw or not values.show:
+      run(values.dataset, values.raw, values.data_dir, **options)
+    if values.show:
+      named = {k: v for k, v in options.items() if k == 'name'}
+      print(f'look: {show(values.dataset, values.data_dir, **named)}')
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
@@ -58,6 +116,8 @@ def define_flags():
   flags.DEFINE_string('raw', None, "Folder or zip of the owners' download.")
   flags.DEFINE_string('data_dir', 'data', 'Folder of all prepared datasets.')
   flags.DEFINE_string('split', None, 'Rule that divides train and test.')
+  flags.DEFINE_string('name', None, "What to call a folder's dataset.")
+  flags.DEFINE_bool('show', False, 'Write a contact sheet of what is there.')
   flags.DEFINE_bool('skip_bad', False, 'Leave out images with bad files.')
 
 

@@ -209,6 +209,38 @@ def legend(
   return np.asarray(sheet)
 
 
+def histogram(
+  sizes: np.ndarray, counts: Mapping[str, int], *, width: int = 800
+) -> np.ndarray:
+  """Returns two plots: how large images are, and how many have each class.
+
+  Args:
+    sizes: [N, 2] rows and columns.
+    counts: {class: images that have it}.
+    width: of the picture, pixels.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  height = max(220, 60 + 18 * len(counts))
+  figure = Figure(
+    figsize=(width / 100, height / 100), dpi=100, layout='constrained'
+  )
+  left, right = figure.subplots(1, 2)
+  sides = np.sqrt(np.prod(np.asarray(sizes, float), -1))
+  left.hist(sides, bins=24, color='0.45')
+  left.set_title('images by size (root of their pixels)', size=10)
+  right.barh([*counts], [*counts.values()], color='0.45')
+  right.invert_yaxis()
+  right.set_title('images with each class', size=10)
+  for plot in (left, right):
+    plot.spines[['top', 'right']].set_visible(False)
+    plot.tick_params(labelsize=9)
+  drawn = FigureCanvasAgg(figure)
+  drawn.draw()
+  return np.asarray(drawn.buffer_rgba())[..., :3].copy()
+
+
 def save(path: str | os.PathLike, picture: np.ndarray) -> None:
   """Writes a uint8 [H, W, 3] picture; the suffix of `path` is the format."""
   path = pathlib.Path(path)

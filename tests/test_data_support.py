@@ -86,12 +86,29 @@ def test_random_choice_ignores_the_order_of_listing():
   assert there[1] == tuple(ids[i] for i in there[0])
 
 
+def test_shots_per_class():
+  """Evenly within each class, an image counting for the first that has it."""
+  present = np.zeros((12, 3), bool)
+  present[:6, 0] = present[4:9, 1] = present[9:, 2] = True
+  made = dataset(present)
+  chosen, ids = support.choose(made, 6, rule='per_class')
+  # Of 0-5 both ends; of 4, 6, 7, 8 (5 is taken) both ends; of 9-11 both ends.
+  assert chosen.tolist() == [0, 5, 4, 8, 9, 11]
+  assert ids[1] == 'i005'
+  # The reference counts the background as a class: 9 // 4 of each of 3.
+  chosen, _ = support.choose(made, 9, rule='per_class_reference')
+  assert chosen.tolist() == [0, 5, 4, 8, 9, 11]
+
+
 @pytest.mark.parametrize(
   ('shots', 'rule', 'message'),
   [
     (0, 'even', 'at least 1 shot, got 0'),
     (9, 'even', '9 shots asked for, but made has 8 training images'),
     (5, 'odd', "rule 'odd' is not one of"),
+    (3, 'per_class', 'shares 3 shots among the 2 classes .* a multiple of 2'),
+    (2, 'per_class_reference', 'a multiple of 2'),
+    (4, 'per_class', "2 shots of class 'b' asked for, but made has 1"),
     (2, 'even', r"no support for class 'b' \(1 of 8 training images have it\)"),
     (1, 'random', 'another seed or more shots'),
   ],

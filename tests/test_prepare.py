@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+from PIL import Image
 from test_data_nucleus import pack, real_ids, tree
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -52,10 +53,60 @@ def test_errors_are_one_line(tmp_path):
   said = error(prepare('--dataset', 'nucleus', '--raw', raw, *place))
   assert bad in said
   assert 'BBBC038' in error(prepare('--dataset', 'nucleus', *place))
-  assert 'there are: nucleus' in error(prepare('--dataset', 'nukleus', *place))
+  assert 'there are: deepglobe' in error(
+    prepare('--dataset', 'nukleus', *place)
+  )
   skipped = prepare('--dataset', 'nucleus', '--raw', raw, *place, '--skip_bad')
   assert skipped.returncode == 0
   assert f'left out {real_ids(2, 1)[0]}: ' in skipped.stdout
+
+
+def test_a_contact_sheet(tmp_path):
+  """With --raw it is made after preparing; without, of what is there."""
+  files, _ = tree(real_ids(3, 2))
+  raw = pack(files, tmp_path / 'x.zip')
+  place = ('--dataset', 'nucleus', '--data_dir', tmp_path / 'd')
+  assert 'is not prepared' in error(prepare(*place, '--show'))
+  done = prepare(*place, '--raw', raw, '--show')
+  assert done.returncode == 0, done.stderr
+  path = tmp_path / 'd' / 'nucleus' / 'show.png'
+  assert f'look: {path}' in done.stdout
+  with Image.open(path) as sheet:
+    assert sheet.width > 600
+    assert sheet.height > 2 * 192
+    colours = {colour for _, colour in sheet.getcolors(1 << 24)}
+  assert (80, 200, 255) in colours  # outlines of nuclei
+  path.unlink()
+  again = prepare(*place, '--show')
+  assert again.returncode == 0
+  assert path.exists()
+  assert 'does not take --name' in error(
+    prepare(*place, '--raw', raw, '--name', 'x')
+  )
+
+
+def test_a_test_image_is_no_training_image(tmp_path):
+  """Copies of test images, under other names, are left out of train."""
+  train, test = real_ids(3, 2)[:3], real_ids(3, 2)[3:]
+  files, _ = tree([*train, *test])
+  for name in list(files):  # the first training image becomes the last test's
+    if name.startswith(train[0]):
+      del files[name]
+  files |= {
+    name.replace(test[-1], train[0]): contents
+    for name, contents in files.items()
+    if name.startswith(test[-1])
+  }
+  raw = pack(files, tmp_path / 'x.zip')
+  done = prepare(
+    '--dataset', 'nucleus', '--raw', raw, '--data_dir', tmp_path / 'd'
+  )
+  assert done.returncode == 0, done.stderr
+  assert '2 train, 2 test' in done.stdout
+  assert f'left out {train[0]}: its pixels are those of the test image' in (
+    done.stdout
+  )
+  assert '1 training images are left out' in done.stderr
 
 
 def test_synthetic_needs_nothing():

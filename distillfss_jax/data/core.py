@@ -12,6 +12,7 @@ decodes nothing.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib
 import io
 import json
@@ -65,7 +66,7 @@ def module(name):
   return importlib.import_module(f'{data.__name__}.{name}')
 
 
-def load(name, **kwargs):
+def load(name, /, **kwargs):
   """Loads a dataset by the name of its file."""
   return module(name).load(**kwargs)
 
@@ -220,6 +221,7 @@ class Checked:
   label: bytes  # PNG
   size: tuple[int, int]
   present: tuple[int, ...]  # labels that occur, without background and void
+  digest: str  # of the image's pixels; '' where all are alike
 
 
 def png(array):
@@ -274,16 +276,20 @@ def check(ids, image, label, *, skip_bad):
       return str(error)
     present = tuple(int(v) for v in np.unique(made) if v not in (0, 255))
     read = functools.partial(image, id_)
-    return Checked(id_, read, png(made), pixels.shape[:2], present)
+    digest = ''
+    if (pixels != pixels[0, 0]).any():
+      raw = np.ascontiguousarray(pixels)
+      digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
+    return Checked(id_, read, png(made), pixels.shape[:2], present, digest)
 
   found = [one(id_) for id_ in _bar(ids, 'checking')]
   good = [x for x in found if isinstance(x, Checked)]
   bad = {i: x for i, x in zip(ids, found, strict=True) if isinstance(x, str)}
   if bad and not skip_bad:
+    reasons = '; '.join(dict.fromkeys(bad.values()))
     raise ValueError(
-      f'{len(bad)} of {len(ids)} images cannot be used: '
-      f'{"; ".join(bad.values())}. Repair them, or leave them out with '
-      '--skip_bad'
+      f'{len(bad)} of {len(ids)} images cannot be used: {reasons}. Repair '
+      'them, or leave them out with --skip_bad'
     )
   if not good:
     raise ValueError(f'none of the {len(ids)} images can be used')
@@ -357,6 +363,7 @@ def prepare(builder, layout, raw, data_dir, *, skip_bad=False):
       name: [by_id[i] for i in ids]
       for name, ids in found.split(list(by_id)).items()
     }
+    skipped |= _drop_copies(builder.name, splits)
     if not (splits['train'] and splits['test']):
       raise ValueError(
         f'{files} divides into {len(splits["train"])} train and '
@@ -364,6 +371,29 @@ def prepare(builder, layout, raw, data_dir, *, skip_bad=False):
         f'{builder.DOWNLOAD}'
       )
     return write(builder, data_dir, splits, skipped), True
+
+
+def _drop_copies(name, splits):
+  """Takes images out of 'train' that are in 'test' too; {id: reason}.
+
+  A support set must not hold a test image, under whatever name. Blank images,
+  such as the tiles beside a field, say nothing and stay.
+  """
+  tested = {one.digest: one.id for one in splits['test'] if one.digest}
+  copies = {
+    one.id: f'its pixels are those of the test image {tested[one.digest]}'
+    for one in splits['train']
+    if one.digest in tested
+  }
+  if copies:
+    logging.warning(
+      '%s: %d training images are left out, being test images too: %s',
+      name,
+      len(copies),
+      ', '.join(list(copies)[:5]),
+    )
+  splits['train'] = [one for one in splits['train'] if one.id not in copies]
+  return copies
 
 
 def load_prepared(builder, data_dir, keep=None):

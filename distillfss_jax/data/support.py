@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 
 KINDS = ('leave_one_out', 'paired', 'random')
-RULES = ('even', 'random')
+RULES = ('even', 'random', 'per_class', 'per_class_reference')
 
 
 class TorchRandom:
@@ -80,6 +80,9 @@ def choose(dataset, shots, seed=0, rule='even'):
       contains the smaller. Rule 'even' does not use it.
     rule: 'even' is the reference's: `hus` over the training images in their
       order. 'random' draws without replacement from the sorted ids.
+      'per_class' takes shots / n of each class, by `hus` over its images that
+      no class before it took; 'per_class_reference' takes fewer, as the
+      reference does.
 
   Returns:
     (indices int32 [shots] into dataset.train, tuple of their ids).
@@ -100,6 +103,8 @@ def choose(dataset, shots, seed=0, rule='even'):
     )
   if rule == 'even':
     indices = hus(len(ids) - 1, shots)
+  elif rule != 'random':
+    indices = _per_class(dataset, shots, rule)
   else:
     by_id = sorted(range(len(ids)), key=ids.__getitem__)
     drawn = np.random.RandomState(seed).permutation(len(ids))[:shots]
@@ -121,6 +126,30 @@ def choose(dataset, shots, seed=0, rule='even'):
       f'images of {dataset.name}: take {change}more shots'
     )
   return np.asarray(indices, np.int32), chosen
+
+
+def _per_class(dataset, shots, rule):
+  """As many images of each class, in the order of the classes."""
+  # Parity: for ISIC the reference divides the shots by the number of classes
+  # and background, so that of 9 shots over 3 classes it uses 6.
+  ways = len(dataset.classes)
+  each, rest = divmod(shots, ways + (rule == 'per_class_reference'))
+  if each < 1 or (rest and rule == 'per_class'):
+    raise ValueError(
+      f'support rule {rule!r} shares {shots} shots among the {ways} classes of '
+      f'{dataset.name}: ask for a multiple of {ways}'
+    )
+  chosen = []
+  for way, name in enumerate(dataset.classes):
+    left = np.flatnonzero(np.asarray(dataset.train.present)[:, way])
+    left = [int(i) for i in left if i not in chosen]
+    if len(left) < each:
+      raise ValueError(
+        f'{each} shots of class {name!r} asked for, but {dataset.name} has '
+        f'{len(left)} training images of it left: ask for fewer shots'
+      )
+    chosen += [left[i] for i in hus(len(left) - 1, each)]
+  return chosen
 
 
 def _thin(supports, subsample, generator):

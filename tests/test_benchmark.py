@@ -1,0 +1,115 @@
+"""Every dataset of the benchmark: raw files -> prepare -> look -> run.
+
+The raw trees are those that the datasets' own tests check the labels of.
+"""
+
+import functools
+import importlib
+from unittest import mock
+
+import numpy as np
+import pytest
+import test_data_benchmark_a as small
+import test_data_folder
+import test_data_industrial
+import test_data_lung
+import test_data_nucleus
+import test_data_weedmap
+
+from distillfss_jax import prepare, train
+from distillfss_jax.data import core
+
+
+def deepglobe_tree():
+  """Three times the tree, with other images: each class in several."""
+  files = {}
+  for k in range(3):
+    draw = functools.partial(_photo_from, 100 * k, small.photo)
+    with mock.patch.object(small, 'photo', draw):
+      made = small.deepglobe_tree()[0]
+    files |= {f'{k}{path}': contents for path, contents in made.items()}
+  return files
+
+
+def _photo_from(start, photo, seed, *args):
+  return photo(start + seed, *args)
+
+
+TREES = {
+  'nucleus': lambda: test_data_nucleus.tree(test_data_nucleus.real_ids())[0],
+  'kvasir': lambda: small.kvasir_tree()[0],
+  'pothole': lambda: small.pothole_tree()[0],
+  'isic': lambda: small.isic_tree()[0],
+  'deepglobe': deepglobe_tree,
+  'industrial': lambda: test_data_industrial.tree()[0],
+  'weedmap': lambda: test_data_weedmap.tree()[0],
+  'lung': lambda: test_data_lung.tables(
+    test_data_lung.slices(6, 0), test_data_lung.slices(3, 1)
+  ),
+  'folder': lambda: test_data_folder.tree([test_data_folder.grey([255])]),
+}
+SHOTS = {'isic': 3, 'deepglobe': 6, 'industrial': 5, 'weedmap': 2}
+
+
+def test_no_dataset_is_left_out():
+  assert set(TREES) == set(core.names()) - {'synthetic'}
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+  """Prepares a dataset's tree once; gives the folder of its records."""
+  made = {}
+
+  def get(name):
+    if name not in made:
+      place = tmp_path_factory.mktemp(name)
+      for path, contents in TREES[name]().items():
+        path = place / 'raw' / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(contents)
+      options = {'name': 'mine'} if name == 'folder' else {}
+      prepare.run(name, place / 'raw', place / 'data', **options)
+      made[name] = place / 'data'
+    return made[name]
+
+  return get
+
+
+def config_of(name, data_dir):
+  """The dataset's own config, made small, on the records of its tree."""
+  arg = f'smoke,shots={SHOTS.get(name, 3)}'
+  if name == 'folder':
+    arg += ',name=mine'
+  config = importlib.import_module(f'configs.{name}').get_config(arg)
+  config.data.args.data_dir = str(data_dir)
+  return config
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning')
+@pytest.mark.parametrize('name', TREES)
+def test_a_support_is_chosen_and_shown(name, prepared):
+  data_dir = prepared(name)
+  config = config_of(name, data_dir)
+  data = train.load_data(config)
+  assert data.present.any(0).all()
+  assert not set(data.support.ids) & set(data.dataset.test.ids)
+  for seed in range(3):  # a draw of any seed, and no test image in it
+    config.support.rule, config.support.seed = 'random', seed
+    config.support.shots = len(data.dataset.train)
+    again = train.load_data(config)
+    assert not set(again.support.ids) & set(data.dataset.test.ids)
+  options = {'name': 'mine'} if name == 'folder' else {}
+  path = prepare.show(name, data_dir, **options)
+  assert path.stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', TREES)
+def test_a_smoke_run_of_its_config(name, prepared, tmp_path):
+  data_dir = prepared(name)
+  config = config_of(name, data_dir)
+  results = train.run(config, tmp_path / 'run')
+  scores = results['test']['student']
+  assert len(scores['iou']) == len(train.load_data(config).dataset.classes)
+  assert np.isfinite(scores['fb_iou'])
+  assert (tmp_path / 'run' / 'panels' / 'support.png').exists()
