@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from distillfss_jax import params
-from distillfss_jax.backbones import resnet, swin
+from distillfss_jax.backbones import base, resnet, swin
 
 _PREFIX = 'teacher.feature_extractor.'
 
@@ -283,7 +283,7 @@ def test_half_precision_stays_half(small):
       'kernel',
       np.sqrt(2 / (3 * 3 * 32)),
     ),
-    (functools.partial(swin.Linear, 64, 32), 'kernel', 0.02),
+    (functools.partial(base.Linear, 64, 32), 'kernel', 0.02),
     (functools.partial(swin.WindowAttention, 8, 4, 8), 'relative_bias', 0.02),
     (
       functools.partial(swin.PatchProjection, 4, 32),

@@ -10,8 +10,9 @@ from flax import nnx
 def variants() -> dict:
   """Every backbone by name: the `variants` tables of all files here."""
   found = {}
-  for module in pkgutil.iter_modules(__path__):
-    found |= importlib.import_module(f'{__name__}.{module.name}').variants
+  files = (module.name for module in pkgutil.iter_modules(__path__))
+  for name in sorted(set(files) - {'base'}):
+    found |= importlib.import_module(f'{__name__}.{name}').variants
   return found
 
 

@@ -19,12 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from distillfss_jax.backbones.base import (
+  MLP,
+  LayerNorm,
+  Linear,
+  PatchProjection,
+  normal,
+)
 from distillfss_jax.types import Array, Pyramid
 
-EPSILON = 1e-5
 BASE = 100.0  # of the periods of the rotary positions
 LAYER_SCALE = 1e-5  # where gamma starts, in networks this deep
-EXPANSION = 4  # of the MLP
 
 _BLOCK = r'blocks\.(\d+)\.'
 _PATH = r'blocks/\1/'
@@ -50,8 +55,6 @@ TORCH_NAMES = (
 )
 
 TABLES = (TORCH_NAMES,)
-
-_normal = nnx.initializers.normal(0.02)
 
 
 def angles(h: int, w: int, d: int, factor: float | Array = 1.0) -> Array:
@@ -91,22 +94,11 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
   return (values * cos[:, None] + across * sin[:, None]).astype(x.dtype)
 
 
-class Linear(nnx.Module):
-  """A matrix product with a bias, in the dtype of its input."""
-
-  def __init__(self, inputs, outputs, *, rngs):
-    self.kernel = nnx.Param(_normal(rngs.params(), (inputs, outputs)))
-    self.bias = nnx.Param(jnp.zeros(outputs))
-
-  def __call__(self, x: Array) -> Array:
-    return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
-
-
 class QueryKeyValue(nnx.Module):
   """x [b, t, c] -> queries, keys and values [b, t, 3, c]; keys have no bias."""
 
   def __init__(self, channels, *, rngs):
-    self.kernel = nnx.Param(_normal(rngs.params(), (channels, 3 * channels)))
+    self.kernel = nnx.Param(normal(rngs.params(), (channels, 3 * channels)))
     self.bias = nnx.Param(jnp.zeros(3 * channels))
 
   def __call__(self, x: Array) -> Array:
@@ -116,21 +108,6 @@ class QueryKeyValue(nnx.Module):
     bias = self.bias[...].reshape(3, c).at[1].set(0)
     y = (x @ self.kernel[...].astype(x.dtype)).reshape(b, t, 3, c)
     return y + bias.astype(x.dtype)
-
-
-class LayerNorm(nnx.Module):
-  """Layer normalisation over channels, in float32."""
-
-  def __init__(self, channels):
-    self.scale = nnx.Param(jnp.ones(channels))
-    self.bias = nnx.Param(jnp.zeros(channels))
-
-  def __call__(self, x: Array) -> Array:
-    values = x.astype(jnp.float32)
-    values -= values.mean(-1, keepdims=True)
-    var = jnp.square(values).mean(-1, keepdims=True)
-    y = values * jax.lax.rsqrt(var + EPSILON) * self.scale[...]
-    return (y + self.bias[...]).astype(x.dtype)
 
 
 class LayerScale(nnx.Module):
@@ -143,25 +120,6 @@ class LayerScale(nnx.Module):
     return x * self.gamma[...].astype(x.dtype)
 
 
-class PatchProjection(nnx.Module):
-  """A convolution whose stride is its size: a product over patches."""
-
-  def __init__(self, patch, outputs, *, rngs):
-    # torch's default for a convolution: uniform within 1 / sqrt(inputs).
-    init = nnx.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
-    self.kernel = nnx.Param(init(rngs.params(), (patch, patch, 3, outputs)))
-    self.bias = nnx.Param(jnp.zeros(outputs))
-
-  def __call__(self, images: Array) -> Array:
-    b, H, W, _ = images.shape
-    p = self.kernel.shape[0]
-    h, w = H // p, W // p
-    x = images.reshape(b, h, p, w, p, 3).swapaxes(2, 3)
-    x = x.reshape(b, h * w, p * p * 3)
-    kernel = self.kernel[...].astype(x.dtype).reshape(p * p * 3, -1)
-    return x @ kernel + self.bias[...].astype(x.dtype)
-
-
 class PatchEmbed(nnx.Module):
   """images [b, H, W, 3] -> tokens [b, h*w, c], row by row."""
 
@@ -169,7 +127,8 @@ class PatchEmbed(nnx.Module):
     self.proj = PatchProjection(patch, channels, rngs=rngs)
 
   def __call__(self, images: Array) -> Array:
-    return self.proj(images)
+    x = self.proj(images)
+    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 class Attention(nnx.Module):
@@ -193,17 +152,6 @@ class Attention(nnx.Module):
     weights = jax.nn.softmax(logits, -1).astype(x.dtype)
     y = jnp.einsum('baqk,bkad->bqad', weights, v)
     return self.proj(y.reshape(b, t, c))
-
-
-class MLP(nnx.Module):
-  """Two layers, four times as wide in between, exact GELU."""
-
-  def __init__(self, channels, *, rngs):
-    self.fc1 = Linear(channels, EXPANSION * channels, rngs=rngs)
-    self.fc2 = Linear(EXPANSION * channels, channels, rngs=rngs)
-
-  def __call__(self, x: Array) -> Array:
-    return self.fc2(nnx.gelu(self.fc1(x), approximate=False))
 
 
 class Block(nnx.Module):
@@ -263,8 +211,8 @@ class Dino(nnx.Module):
     self.channels = (embed,) * 4
     self.strides = (patch,) * 4
     self.rescale = rescale
-    self.class_token = nnx.Param(_normal(rngs.params(), (1, 1, embed)))
-    self.storage_tokens = nnx.Param(_normal(rngs.params(), (1, storage, embed)))
+    self.class_token = nnx.Param(normal(rngs.params(), (1, 1, embed)))
+    self.storage_tokens = nnx.Param(normal(rngs.params(), (1, storage, embed)))
     self.patch_embed = PatchEmbed(patch, embed, rngs=rngs)
     self.blocks = nnx.List(
       Block(embed, heads, rngs=rngs) for _ in range(sum(self.depths))

@@ -12,9 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from distillfss_jax.backbones.base import (
+  MLP,
+  LayerNorm,
+  Linear,
+  PatchProjection,
+  normal,
+)
 from distillfss_jax.types import Array, Pyramid
 
-EPSILON = 1e-5
 MASKED = -100.0  # added to the logits of tokens that are no neighbours
 CLASSES = 1000  # of ImageNet, in the checkpoints' classifier
 
@@ -77,9 +83,6 @@ TIMM_NAMES = (
 )
 TABLES = (TORCH_NAMES, TIMM_NAMES)
 
-# Swin cuts its normal distribution at +-2, a hundred times this deviation.
-_normal = nnx.initializers.normal(0.02)
-
 
 def relative_position_index(window: int) -> np.ndarray:
   """Row of the bias table for each (query, key) of a window, [t, t] int."""
@@ -103,53 +106,6 @@ def shift_regions(size: int, window: int) -> np.ndarray:
   n = size // window
   windows = plane.reshape(n, window, n, window).transpose(0, 2, 1, 3)
   return windows.reshape(n * n, window * window)
-
-
-class Linear(nnx.Module):
-  """A matrix product, with a bias or not, in the dtype of its input."""
-
-  def __init__(self, inputs, outputs, *, use_bias=True, rngs):
-    self.kernel = nnx.Param(_normal(rngs.params(), (inputs, outputs)))
-    self.bias = nnx.Param(jnp.zeros(outputs)) if use_bias else None
-
-  def __call__(self, x: Array) -> Array:
-    y = x @ self.kernel[...].astype(x.dtype)
-    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
-
-
-class LayerNorm(nnx.Module):
-  """Layer normalisation over channels, in float32."""
-
-  def __init__(self, channels):
-    self.scale = nnx.Param(jnp.ones(channels))
-    self.bias = nnx.Param(jnp.zeros(channels))
-
-  def __call__(self, x: Array) -> Array:
-    values = x.astype(jnp.float32)
-    values -= values.mean(-1, keepdims=True)
-    var = jnp.square(values).mean(-1, keepdims=True)
-    y = values * jax.lax.rsqrt(var + EPSILON) * self.scale[...]
-    return (y + self.bias[...]).astype(x.dtype)
-
-
-class PatchProjection(nnx.Module):
-  """A convolution whose stride is its size: a product over patches."""
-
-  def __init__(self, patch, outputs, *, rngs):
-    # torch's default for a convolution: uniform within 1 / sqrt(inputs).
-    init = nnx.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
-    self.kernel = nnx.Param(init(rngs.params(), (patch, patch, 3, outputs)))
-    self.bias = nnx.Param(jnp.zeros(outputs))
-
-  def __call__(self, images: Array) -> Array:
-    b, H, W, _ = images.shape
-    p = self.kernel.shape[0]
-    x = images.reshape(b, H // p, p, W // p, p, 3).transpose(0, 1, 3, 2, 4, 5)
-    x = x.reshape(b, H // p, W // p, p * p * 3)
-    kernel = self.kernel[...].astype(x.dtype)
-    return x @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(
-      x.dtype
-    )
 
 
 class PatchEmbed(nnx.Module):
@@ -195,7 +151,7 @@ class WindowAttention(nnx.Module):
     self.heads = heads
     self.window = window
     self.relative_bias = nnx.Param(
-      _normal(rngs.params(), ((2 * window - 1) ** 2, heads))
+      normal(rngs.params(), ((2 * window - 1) ** 2, heads))
     )
     self.qkv = Linear(channels, 3 * channels, rngs=rngs)
     self.proj = Linear(channels, channels, rngs=rngs)
@@ -219,17 +175,6 @@ class WindowAttention(nnx.Module):
     weights = jax.nn.softmax(logits, -1).astype(x.dtype)
     y = jnp.einsum('bwaqk,bwkad->bwqad', weights, v)
     return self.proj(y.reshape(b, w, t, c))
-
-
-class MLP(nnx.Module):
-  """Two layers, four times as wide in between, exact GELU."""
-
-  def __init__(self, channels, *, rngs):
-    self.fc1 = Linear(channels, 4 * channels, rngs=rngs)
-    self.fc2 = Linear(4 * channels, channels, rngs=rngs)
-
-  def __call__(self, x: Array) -> Array:
-    return self.fc2(nnx.gelu(self.fc1(x), approximate=False))
 
 
 class Block(nnx.Module):
