@@ -15,6 +15,7 @@ import test_data_industrial
 import test_data_lung
 import test_data_nucleus
 import test_data_weedmap
+from trees import put
 
 from distillfss_jax import prepare, train
 from distillfss_jax.data import core
@@ -63,12 +64,9 @@ def prepared(tmp_path_factory):
   def get(name):
     if name not in made:
       place = tmp_path_factory.mktemp(name)
-      for path, contents in TREES[name]().items():
-        path = place / 'raw' / path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(contents)
+      raw = put(TREES[name](), place / 'raw')
       options = {'name': 'mine'} if name == 'folder' else {}
-      prepare.run(name, place / 'raw', place / 'data', **options)
+      prepare.run(name, raw, place / 'data', **options)
       made[name] = place / 'data'
     return made[name]
 

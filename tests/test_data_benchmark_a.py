@@ -3,12 +3,12 @@
 import csv
 import dataclasses
 import io
-import zipfile
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 from PIL import Image
+from trees import pack, put
 
 from distillfss_jax.data import core, deepglobe, isic, kvasir, pothole
 
@@ -180,22 +180,6 @@ CASES = (
   ),
 )  # fmt: skip
 every = pytest.mark.parametrize('case', CASES, ids=str)
-
-
-def put(files, folder, top=''):
-  for name, contents in files.items():
-    path = folder / f'{top}{name}'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(contents)
-  return folder
-
-
-def pack(files, path, top=''):
-  with zipfile.ZipFile(path, 'w') as archive:
-    archive.writestr(f'__MACOSX/{top}images/._x.jpg', b'')
-    for name, contents in files.items():
-      archive.writestr(f'{top}{name}', contents)
-  return path
 
 
 def compare(source, records):

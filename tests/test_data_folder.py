@@ -5,12 +5,12 @@ import json
 import logging
 import struct
 import sys
-import zipfile
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+from trees import pack, put
 
 from distillfss_jax.data import core, folder
 
@@ -79,22 +79,6 @@ def tree(masks, **more):
     files[f'images/{id_}.png'] = encoded(photo(i))
     files[f'masks/{id_}.png'] = masks[min(i, len(masks) - 1)]
   return files | {f'{k}.txt': v.encode() for k, v in more.items()}
-
-
-def put(files, place):
-  for name, contents in files.items():
-    path = place / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(contents)
-  return place
-
-
-def pack(files, path, top=''):
-  with zipfile.ZipFile(path, 'w') as archive:
-    archive.writestr('__MACOSX/images/._x.png', b'')
-    for name, contents in files.items():
-      archive.writestr(f'{top}{name}', contents)
-  return path
 
 
 def made(files, tmp_path, name='mine', **options):

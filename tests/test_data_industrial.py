@@ -3,11 +3,11 @@
 import io
 import json
 import pickle
-import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
+from trees import pack, put
 
 from distillfss_jax.data import core, industrial
 
@@ -44,21 +44,6 @@ def tree(per_class=3, seed=0):
     files[f'{name}/good/000.png'] = b'not read'
   files['data.json'] = json.dumps({'clsName': NAMES, 'clsDic': listed}).encode()
   return files, list(records), records
-
-
-def put(files, folder):
-  for name, contents in files.items():
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(contents)
-  return folder
-
-
-def pack(files, path, top=''):
-  with zipfile.ZipFile(path, 'w') as archive:
-    for name, contents in files.items():
-      archive.writestr(f'{top}{name}', contents)
-  return path
 
 
 def reference(ids):

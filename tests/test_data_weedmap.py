@@ -2,11 +2,11 @@
 
 import io
 import pickle
-import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
+from trees import pack, put
 
 from distillfss_jax.data import core, weedmap
 
@@ -40,21 +40,6 @@ def tree(fields=('000', '003'), seed=0):
 
 def truth(field, stem):
   return f'{field}/groundtruth/{field}_{stem}_GroundTruth_iMap.png'
-
-
-def put(files, folder):
-  for name, contents in files.items():
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(contents)
-  return folder
-
-
-def pack(files, path, top=''):
-  with zipfile.ZipFile(path, 'w') as archive:
-    for name, contents in files.items():
-      archive.writestr(f'{top}{name}', contents)
-  return path
 
 
 def test_the_maps_are_of_16_bit():
