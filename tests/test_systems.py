@@ -385,9 +385,10 @@ def test_golden_student(shared, name, tag):
 # (in files with 3e-2 and 8e-2 by factors of 10). A relative change of 1e-7 of
 # our own initial parameters moves our own losses by up to 1.1e-2 (distill) and
 # 2.5e-2 (focal) at the learning rate 1e-3, where the second number is 0.014,
-# with the ResNet-50 0.07; these are three times that. At 1e-4 the golden's own
-# distance from its float64 run is up to 7e-4. Where there is such a run, three
-# times its distance is allowed if that is more.
+# with the ResNet-50 0.07 (0.084 in the backbone's training mode); these are
+# three times that. At 1e-4 the golden's own distance from its float64 run is up
+# to 7e-4. Where there is such a run, three times its distance is allowed if
+# that is more.
 _NOISE = {
   'tinyswin_distill_sub1_lr1e-3': (3e-2, 0.04),
   'tinyswin_focal_sub1_lr1e-3': (8e-2, 0.04),
@@ -396,9 +397,9 @@ _NOISE = {
   'tinyswin_focal_none': (2e-3, 0.04),
   'tinyswin_focal_sub1': (2e-3, 0.04),
   'tinyswin_focal_sub3': (2e-3, 0.04),
-  'resnet50_distill_sub1_bntrain': (3e-2, 0.2),
+  'resnet50_distill_sub1_bntrain': (3e-2, 0.25),
   'resnet50_distill_sub1_bneval': (2e-3, 0.2),
-  'resnet50_focal_none_bntrain': (3e-2, 0.2),
+  'resnet50_focal_none_bntrain': (3e-2, 0.25),
   'resnet50_focal_sub1_bneval': (2e-3, 0.2),
 }
 
@@ -1004,7 +1005,7 @@ def test_reference_mode_drops_paths(mode):
     optim__trainable=('D',),
     model__dropout=0.0,
     data__image_size=2 * _SIZE,
-    model__backbone='swin_tiny_test',
+    model__backbone__name='swin_tiny_test',
     model__backbone__fields={
       'window': 4,
       'embed': 8,
