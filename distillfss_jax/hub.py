@@ -56,6 +56,20 @@ def _timm(name, repo, licence='Apache-2.0'):
   return _backbone(name, FILE, url, licence, repo=f'timm/{repo}')
 
 
+def _official_dcama(backbone, file):
+  return Published(
+    file,
+    'https://github.com/pawn-sxy/DCAMA',
+    'see its owners',
+    model='dcama',
+    fields={
+      'system': 'transferfss',  # students have no support whose maps to read
+      'model.backbone.name': backbone,
+      'model.concat_support': True,
+    },
+  )
+
+
 def _dcama(backbone, file, page):
   return Published(
     file,
@@ -134,6 +148,9 @@ PUBLISHED = {
     'resnet50_fold0_pascal_modcross_soft.pt',
     '1Z6RKkOmqeEKmpEhCY9CVjJS8ykUEaC7D',
   ),
+  # DCAMA's own, of the same fold, which read the support's shallow maps.
+  'dcama_swin_b_skip': _official_dcama('swin_b', 'swin_fold0.pt'),
+  'dcama_resnet50_skip': _official_dcama('resnet50', 'resnet50_fold0.pt'),
   # A teacher with its students.
   'pasqualedem/DistillFSS_WeedMap_DCAMA_5shot': Published(
     FILE,
