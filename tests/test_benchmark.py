@@ -42,14 +42,14 @@ TREES = {
   'pothole': lambda: small.pothole_tree()[0],
   'isic': lambda: small.isic_tree()[0],
   'deepglobe': deepglobe_tree,
-  'industrial': lambda: test_data_industrial.tree()[0],
+  'industrial': lambda: test_data_industrial.tree(per_class=6)[0],
   'weedmap': lambda: test_data_weedmap.tree()[0],
   'lung': lambda: test_data_lung.tables(
     test_data_lung.slices(6, 0), test_data_lung.slices(3, 1)
   ),
   'folder': lambda: test_data_folder.tree([test_data_folder.grey([255])]),
 }
-SHOTS = {'isic': 3, 'deepglobe': 6, 'industrial': 5, 'weedmap': 2}
+SHOTS = {'isic': 6, 'deepglobe': 6, 'industrial': 10, 'weedmap': 2}
 
 
 def test_no_dataset_is_left_out():
