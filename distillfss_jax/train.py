@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import platform
+import sys
 import time
 
 import jax
@@ -92,6 +93,7 @@ def run(config, workdir: str | os.PathLike) -> dict:
   finally:
     saver.close()
     out.close()
+    _end_log()
 
 
 def load_data(config) -> Data:
@@ -465,11 +467,9 @@ def _claim(config, workdir):
     if jax.process_index() == 0:
       files.write_atomically(workdir / 'config.json', _text(config))
     handler = logging.get_absl_handler()
+    _end_log()
     handler.use_absl_log_file('log', str(workdir))
-    # What orbax tells of its insides would be nine tenths of the log.
-    handler.addFilter(
-      lambda record: 'orbax' not in record.pathname or record.levelno > 20
-    )
+    handler.addFilter(_not_of_orbax)
     logging.set_verbosity(logging.INFO)
   except OSError as error:
     reason = os.strerror(error.errno or errno.EIO)
@@ -477,6 +477,22 @@ def _claim(config, workdir):
       f'cannot write the run into {workdir}: {reason}; give a --workdir that '
       'can be written and has space'
     ) from error
+
+
+def _not_of_orbax(record):
+  """What orbax tells of its insides would be nine tenths of the log."""
+  return 'orbax' not in record.pathname or record.levelno > 20
+
+
+def _end_log():
+  """Closes the log of a run in this process, which absl would leave open."""
+  handler = logging.get_absl_handler()
+  handler.removeFilter(_not_of_orbax)
+  written = handler.python_handler.stream
+  if getattr(written, 'name', '').startswith('<'):  # <stderr>
+    return
+  handler.python_handler.stream = sys.stderr
+  written.close()
 
 
 def _differences(old, new, path=''):

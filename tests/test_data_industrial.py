@@ -98,7 +98,7 @@ def test_labels_of_other_folds_become_background():
     def __getitem__(self, i):
       return {'id': 'x', 'label': np.array([[0, 2, 3, 255]], np.uint8)}
 
-  chosen = industrial.Chosen(Source(), (2, 6))
+  chosen = core.Chosen(Source(), (2, 6))
   assert chosen[0]['label'].tolist() == [[0, 1, 0, 255]]
   assert chosen.present.tolist() == [[True, False]]
 

@@ -162,15 +162,15 @@ def test_interrupted_and_started_again(tmp_path, monkeypatch):
   """Killed while it writes: not prepared; started again: whole, no rests."""
   files, _ = tree(real_ids(3, 2))
   raw, data_dir = pack(files, tmp_path / 'x.zip'), tmp_path / 'data'
-  real, calls = core.png, []
+  real, calls = nucleus.Layout.encoded, []
 
-  def interrupted(array):
-    calls.append(array)
-    if len(calls) == 8:  # 5 labels while checking, then the third image
+  def interrupted(self, id_):
+    calls.append(id_)
+    if len(calls) == 3:  # while the records are written
       raise KeyboardInterrupt
-    return real(array)
+    return real(self, id_)
 
-  monkeypatch.setattr(core, 'png', interrupted)
+  monkeypatch.setattr(nucleus.Layout, 'encoded', interrupted)
   with pytest.raises(KeyboardInterrupt):
     nucleus.prepare(raw, data_dir)
   monkeypatch.undo()

@@ -9,6 +9,8 @@ labels of every record, so that choosing a support set or ordering a test set
 decodes nothing.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -18,6 +20,7 @@ import io
 import json
 import logging
 import math
+import os
 import pathlib
 import pkgutil
 import tempfile
@@ -33,7 +36,9 @@ from tqdm import tqdm
 from distillfss_jax import data
 
 MANIFEST = 'manifest.json'
-_NOT_DATASETS = ('core', 'pipeline', 'support', 'transforms')
+_NOT_DATASETS = (
+  'augment', 'core', 'episodes', 'pipeline', 'support', 'transforms',
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +56,88 @@ class Dataset:
   palette: tuple[tuple[int, int, int], ...]  # of labels 0..n
   train: Sequence
   test: Sequence
+
+
+class Chosen(Sequence):
+  """A source with some of its labels, numbered anew; others are background."""
+
+  def __init__(self, source, labels):
+    """Takes a source and its labels that become 1, 2, ..."""
+    self._source = source
+    self._table = np.zeros(256, np.uint8)
+    self._table[255] = 255
+    self._table[list(labels)] = np.arange(1, len(labels) + 1)
+    self.ids, self.sizes = source.ids, source.sizes
+    self.present = source.present[:, np.array(labels) - 1]
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, i):
+    record = self._source[i]
+    return {**record, 'label': self._table[record['label']]}
+
+
+def select(dataset, labels):
+  """A Dataset with some of the classes as labels 1, 2, ...; all its records.
+
+  Args:
+    dataset: a Dataset.
+    labels: of the classes to keep, 1..n.
+  """
+  return Dataset(
+    dataset.name,
+    tuple(dataset.classes[i - 1] for i in labels),
+    (dataset.palette[0], *(dataset.palette[i] for i in labels)),
+    Chosen(dataset.train, labels),
+    Chosen(dataset.test, labels),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+  """What episodes are drawn from: images, and the classes to ask of each.
+
+  source: of records, as in `Dataset`. classes: names, n of them. pairs: int32
+  [e, 2], (image, class 0..n-1). values: int32 [n], the label of each class in
+  the records.
+  """
+
+  source: Sequence
+  classes: tuple[str, ...]
+  pairs: np.ndarray
+  values: np.ndarray
+
+
+def pool(source, classes, labels, min_area=1, *, exclusive=False):
+  """The images of a prepared source, with the classes that are large in them.
+
+  Args:
+    source: a `Prepared`.
+    classes: names, n of them.
+    labels: of these classes in the records, n of them.
+    min_area: pixels of a class that an image must have at least.
+    exclusive: without the images that also hold a class not in `labels`.
+
+  Returns:
+    A Pool whose pairs are sorted by image, then class.
+
+  Raises:
+    ValueError: where a class has no image.
+  """
+  labels = np.asarray(labels, np.int32)
+  large = source.areas[:, labels - 1] >= max(min_area, 1)
+  if exclusive:
+    others = np.setdiff1d(np.arange(source.present.shape[1]), labels - 1)
+    large &= ~source.present[:, others].any(1, keepdims=True)
+  if not large.any(0).all():
+    empty = [classes[i] for i in np.flatnonzero(~large.any(0))]
+    raise ValueError(
+      f'no image has {min_area} pixels of {", ".join(empty)}: take a smaller '
+      'min_area, or fewer classes'
+    )
+  pairs = np.argwhere(large).astype(np.int32)
+  return Pool(source, tuple(classes), pairs, labels)
 
 
 def names():
@@ -81,7 +168,7 @@ class _Info(tfds.core.DatasetInfo):
 class SegmentationBuilder(
   tfds.core.GeneratorBasedBuilder, skip_registration=True
 ):
-  """The TFDS builder all datasets on disk share: PNG image and PNG label.
+  """The TFDS builder all datasets on disk share: encoded image, PNG label.
 
   A dataset derives from it, gives these attributes and a docstring, and calls
   `prepare`. Sizes are kept as the owners publish them.
@@ -99,14 +186,16 @@ class SegmentationBuilder(
   manifest = None
 
   def _info(self):
-    encoded = functools.partial(tfds.features.Image, encoding_format='png')
+    # The format is left open: what the owners publish as JPEG stays as it is.
     return _Info(
       builder=self,
       description=type(self).__doc__,
       features=tfds.features.FeaturesDict(
         {
-          'image': encoded(shape=(None, None, 3)),
-          'label': encoded(shape=(None, None, 1)),
+          'image': tfds.features.Image(shape=(None, None, 3)),
+          'label': tfds.features.Image(
+            shape=(None, None, 1), encoding_format='png'
+          ),
           'id': tfds.features.Text(),
           'height': tfds.features.Scalar(np.int32),
           'width': tfds.features.Scalar(np.int32),
@@ -129,11 +218,15 @@ class SegmentationBuilder(
     }
 
   def _generate_examples(self, split, checked):
-    for i, one in enumerate(_bar(checked, f'writing {split}')):
+    encoded = _ahead(lambda one: one.image(), checked)
+    both = zip(checked, encoded, strict=True)
+    for i, (one, image) in enumerate(
+      _bar(both, f'writing {split}', len(checked))
+    ):
       yield (
         i,
         {
-          'image': io.BytesIO(png(one.image())),
+          'image': io.BytesIO(image),
           'label': io.BytesIO(one.label),
           'id': one.id,
           'height': one.size[0],
@@ -217,10 +310,10 @@ class Checked:
   """One image of a raw download that was read through and found good."""
 
   id: str
-  image: Callable  # () -> uint8 [H, W, 3], read again when it is written
+  image: Callable  # () -> encoded, read again when it is written
   label: bytes  # PNG
   size: tuple[int, int]
-  present: tuple[int, ...]  # labels that occur, without background and void
+  areas: dict[int, int]  # pixels of the labels that occur, but 0 and void
   digest: str  # of the image's pixels; '' where all are alike
 
 
@@ -248,21 +341,32 @@ def decode(contents, name, mode):
     raise BadFileError(f'{name}: cannot be decoded ({reason})') from error
 
 
-def _bar(items, what):
-  return tqdm(items, desc=what, unit='image', mininterval=0.5)
+def _bar(items, what, total):
+  return tqdm(items, desc=what, unit='image', mininterval=0.5, total=total)
 
 
-def check(ids, image, label, *, skip_bad):
+def _ahead(function, items):
+  """Maps in threads, in order, only a few items ahead of who reads."""
+  workers = os.cpu_count() or 1
+  waiting, items = collections.deque(), iter(items)
+  with concurrent.futures.ThreadPoolExecutor(workers) as threads:
+    for item in items:
+      waiting.append(threads.submit(function, item))
+      if len(waiting) > 2 * workers:
+        yield waiting.popleft().result()
+    while waiting:
+      yield waiting.popleft().result()
+
+
+def check(layout, *, skip_bad):
   """Reads a whole raw download through before anything is written.
 
   Args:
-    ids: of the images.
-    image: id -> uint8 [H, W, 3]; may raise BadFileError.
-    label: (id, (H, W)) -> uint8 [H, W]; may raise BadFileError.
+    layout: as `prepare` has it.
     skip_bad: leave out images with a bad file instead of failing.
 
   Returns:
-    (list of Checked in the order of ids, dict of left out id -> reason).
+    (list of Checked in the order of its ids, dict of left out id -> reason).
 
   Raises:
     ValueError: naming every bad file.
@@ -270,19 +374,22 @@ def check(ids, image, label, *, skip_bad):
 
   def one(id_):
     try:
-      pixels = image(id_)
-      made = label(id_, pixels.shape[:2])
+      pixels = layout.image(id_)
+      made = layout.label(id_, pixels.shape[:2])
     except BadFileError as error:
       return str(error)
-    present = tuple(int(v) for v in np.unique(made) if v not in (0, 255))
-    read = functools.partial(image, id_)
+    counts = np.bincount(made.ravel(), minlength=256)
+    areas = {int(v): int(counts[v]) for v in np.flatnonzero(counts[1:255]) + 1}
     digest = ''
     if (pixels != pixels[0, 0]).any():
       raw = np.ascontiguousarray(pixels)
       digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
-    return Checked(id_, read, png(made), pixels.shape[:2], present, digest)
+    read = functools.partial(encoded, id_)
+    return Checked(id_, read, png(made), pixels.shape[:2], areas, digest)
 
-  found = [one(id_) for id_ in _bar(ids, 'checking')]
+  ids = layout.ids
+  encoded = getattr(layout, 'encoded', lambda id_: png(layout.image(id_)))
+  found = list(_bar(_ahead(one, ids), 'checking', len(ids)))
   good = [x for x in found if isinstance(x, Checked)]
   bad = {i: x for i, x in zip(ids, found, strict=True) if isinstance(x, str)}
   if bad and not skip_bad:
@@ -324,8 +431,11 @@ def prepare(builder, layout, raw, data_dir, *, skip_bad=False):
     layout: of a `Files`, makes an object with `ids`, `image(id)` uint8
       [H, W, 3], `label(id, (H, W))` uint8 [H, W], both of which may raise
       BadFileError, and `split(ids)`, which divides them: {'train': [...],
-      'test': [...]}. It may say below which folder, `top`, its files lie, and
-      raises ValueError where nothing of its form is there.
+      'test': [...]}, or more splits; all whose names start with 'test' are for
+      testing. It may give the file, `encoded(id)`, that `image(id)` decodes,
+      JPEG or PNG, to be kept as it is. It may say below which folder, `top`,
+      its files lie, and raises ValueError where nothing of its form is there.
+      Its methods are called by several threads.
     raw: the folder or zip.
     data_dir: folder of all prepared datasets.
     skip_bad: leave out images with a bad file instead of failing.
@@ -355,36 +465,40 @@ def prepare(builder, layout, raw, data_dir, *, skip_bad=False):
         len(found.ids),
         builder.COUNT,
       )
-    good, skipped = check(
-      found.ids, found.image, found.label, skip_bad=skip_bad
-    )
+    good, skipped = check(found, skip_bad=skip_bad)
     by_id = {one.id: one for one in good}
     splits = {
       name: [by_id[i] for i in ids]
       for name, ids in found.split(list(by_id)).items()
     }
     skipped |= _drop_copies(builder.name, splits)
-    if not (splits['train'] and splits['test']):
+    splits = {name: checked for name, checked in splits.items() if checked}
+    tests = [name for name in splits if name.startswith('test')]
+    if 'train' not in splits or not tests:
+      counts = ', '.join(f'{len(made)} {name}' for name, made in splits.items())
       raise ValueError(
-        f'{files} divides into {len(splits["train"])} train and '
-        f'{len(splits["test"])} test images, and both are needed: '
-        f'{builder.DOWNLOAD}'
+        f'{files} divides into {counts or "no"} images, and both train and '
+        f'test images are needed: {builder.DOWNLOAD}'
       )
     return write(builder, data_dir, splits, skipped), True
 
 
 def _drop_copies(name, splits):
-  """Takes images out of 'train' that are in 'test' too; {id: reason}.
+  """Takes images out of other splits that are test images too; {id: reason}.
 
   A support set must not hold a test image, under whatever name. Blank images,
   such as the tiles beside a field, say nothing and stay.
   """
-  tested = {one.digest: one.id for one in splits['test'] if one.digest}
-  copies = {
-    one.id: f'its pixels are those of the test image {tested[one.digest]}'
-    for one in splits['train']
-    if one.digest in tested
-  }
+  tests = [x for x in splits if x.startswith('test')]
+  tested = {one.digest: one.id for x in tests for one in splits[x]}
+  tested.pop('', None)
+  copies = {}
+  for split in set(splits).difference(tests):
+    twice = [one for one in splits[split] if one.digest in tested]
+    splits[split] = [one for one in splits[split] if one.digest not in tested]
+    for one in twice:
+      other = tested[one.digest]
+      copies[one.id] = f'its pixels are those of the test image {other}'
   if copies:
     logging.warning(
       '%s: %d training images are left out, being test images too: %s',
@@ -392,17 +506,20 @@ def _drop_copies(name, splits):
       len(copies),
       ', '.join(list(copies)[:5]),
     )
-  splits['train'] = [one for one in splits['train'] if one.id not in copies]
   return copies
 
 
-def load_prepared(builder, data_dir, keep=None):
+def load_prepared(
+  builder, data_dir, keep=None, train=('train',), test=('test',)
+):
   """The Dataset of a prepared folder, divided as it was prepared.
 
   Args:
     builder: subclass of SegmentationBuilder.
     data_dir: folder of all prepared datasets.
     keep: row of the manifest -> whether it counts; None for all.
+    train: names of the splits that are the training part.
+    test: of those that are the test part.
 
   Raises:
     FileNotFoundError: when it was not prepared.
@@ -413,15 +530,15 @@ def load_prepared(builder, data_dir, keep=None):
   classes = tuple(made.get('classes', builder.CLASSES))
   palette = tuple(map(tuple, made.get('palette', builder.PALETTE)))
   rows = [row for row in made['records'] if keep is None or keep(row)]
-  train, test = (
+  parts = (
     Prepared(
       folder(builder, data_dir),
-      [row for row in rows if row['split'] == split],
+      [row for split in splits for row in rows if row['split'] == split],
       len(classes),
     )
-    for split in ('train', 'test')
+    for splits in (train, test)
   )
-  return Dataset(builder.name, classes, palette, train, test)
+  return Dataset(builder.name, classes, palette, *parts)
 
 
 def folder(builder, data_dir):
@@ -442,7 +559,15 @@ def unprepared(builder, data_dir):
 def manifest(builder, data_dir):
   """Reads the manifest of a prepared dataset, or None where there is none."""
   path = folder(builder, data_dir) / MANIFEST
-  return json.loads(path.read_text()) if path.is_file() else None
+  if not path.is_file():
+    return None
+  made = json.loads(path.read_text())
+  if 'areas' not in made['records'][0]:
+    raise ValueError(
+      f'{path.parent} was prepared by an older version: remove the folder and '
+      'prepare it again'
+    )
+  return made
 
 
 def write(builder, data_dir, splits, skipped):
@@ -474,7 +599,8 @@ def write(builder, data_dir, splits, skipped):
       'split': split,
       'index': i,
       'size': list(one.size),
-      'present': list(one.present),
+      'present': list(one.areas),
+      'areas': list(one.areas.values()),
     }
     for split, checked in splits.items()
     for i, one in enumerate(checked)
@@ -498,7 +624,10 @@ def write(builder, data_dir, splits, skipped):
 
 
 class Prepared(Sequence):
-  """Records of a prepared folder, in the order of `rows` of its manifest."""
+  """Records of a prepared folder, in the order of `rows` of its manifest.
+
+  Beside what a source has: areas, int64 [N, n], pixels of each class.
+  """
 
   def __init__(self, place, rows, ways):
     """Takes the folder, rows of the manifest and the number of classes."""
@@ -507,9 +636,10 @@ class Prepared(Sequence):
     self.ids = tuple(row['id'] for row in rows)
     sizes = [row['size'] for row in rows]
     self.sizes = np.array(sizes, np.int32).reshape(-1, 2)
-    self.present = np.zeros((len(rows), ways), bool)
+    self.areas = np.zeros((len(rows), ways), np.int64)
     for i, row in enumerate(rows):
-      self.present[i, np.array(row['present'], int) - 1] = True
+      self.areas[i, np.array(row['present'], int) - 1] = row['areas']
+    self.present = self.areas > 0
 
   @functools.cached_property
   def _sources(self):

@@ -10,6 +10,7 @@ import functools
 import logging
 import pathlib
 import re
+import threading
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -80,9 +81,11 @@ class Layout:
   def __init__(self, files, split_name=None, unknown='void'):
     """Reads all masks to find the tiles to keep; ValueError without any."""
     self._files = files
-    # All tiles of an image follow each other: it is decoded once for them.
-    self._image = functools.lru_cache(maxsize=1)(self._read_image)
-    self._colours = functools.lru_cache(maxsize=1)(self._read_colours)
+    # All tiles of an image follow each other: it is decoded once for them, by
+    # the first thread that wants one; others may be an image behind.
+    self._lock = threading.RLock()
+    self._image = functools.lru_cache(maxsize=2)(self._read_image)
+    self._colours = functools.lru_cache(maxsize=2)(self._read_colours)
     self._labels = np.where(_LABELS, _LABELS, UNKNOWN[unknown]).astype(np.uint8)
     found = [x for x in map(_FILE.fullmatch, files.names) if x]
     tops = sorted({x['top'] for x in found if x[3] == 'mask.png'})
@@ -158,13 +161,17 @@ class Layout:
     if id_ in self._bad:
       raise self._bad[id_]
     whole, _, place = id_.partition('_')
-    return _tile(self._image(whole), *map(int, place))
+    with self._lock:
+      image = self._image(whole)
+    return _tile(image, *map(int, place))
 
   def label(self, id_, size):
     """Reads the mask of a tile, uint8 [H, W]: 1..6 and the unknown's label."""
     del size  # it was compared for the whole image
     whole, _, place = id_.partition('_')
-    return self._labels[_tile(self._colours(whole), *map(int, place))]
+    with self._lock:
+      colours = self._colours(whole)
+    return self._labels[_tile(colours, *map(int, place))]
 
   def _read_image(self, id_):
     image = self._files.decode(f'{self.top}{id_}_sat.jpg', 'RGB')

@@ -10,7 +10,6 @@ chosen when it is loaded.
 import collections
 import json
 import posixpath
-from collections.abc import Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -60,33 +59,7 @@ def load(data_dir='data', fold=0):
   made = core.load_prepared(
     Industrial, data_dir, lambda row: not set(labels).isdisjoint(row['present'])
   )
-  return core.Dataset(
-    made.name,
-    tuple(made.classes[i - 1] for i in labels),
-    (made.palette[0], *(made.palette[i] for i in labels)),
-    Chosen(made.train, labels),
-    Chosen(made.test, labels),
-  )
-
-
-class Chosen(Sequence):
-  """A source with some of its labels, numbered anew; others are background."""
-
-  def __init__(self, source, labels):
-    """Takes a source and its labels that become 1, 2, ..."""
-    self._source = source
-    self._table = np.zeros(256, np.uint8)
-    self._table[255] = 255
-    self._table[list(labels)] = np.arange(1, len(labels) + 1)
-    self.ids, self.sizes = source.ids, source.sizes
-    self.present = source.present[:, np.array(labels) - 1]
-
-  def __len__(self):
-    return len(self._source)
-
-  def __getitem__(self, i):
-    record = self._source[i]
-    return {**record, 'label': self._table[record['label']]}
+  return core.select(made, labels)
 
 
 def prepare(raw, data_dir, *, split='reference', skip_bad=False):
@@ -167,6 +140,10 @@ class Layout:
   def image(self, id_):
     """Reads the image of an id, uint8 [H, W, 3]."""
     return self._files.decode(self._path(self._row[id_][0]), 'RGB')
+
+  def encoded(self, id_):
+    """Reads the file that `image` decodes."""
+    return self._files.read(self._path(self._row[id_][0]))
 
   def label(self, id_, size):
     """Reads the mask of an id, uint8 [H, W] in {0, class}."""

@@ -143,6 +143,10 @@ class Layout:
     """Reads the image of an id, uint8 [H, W, 3]."""
     return self._files.decode(f'{self.top}{IMAGES}/{id_}.jpg', 'RGB')
 
+  def encoded(self, id_):
+    """Reads the file that `image` decodes."""
+    return self._files.read(f'{self.top}{IMAGES}/{id_}.jpg')
+
   def label(self, id_, size):
     """Reads the mask of an id, uint8 [H, W]: 0 and the label of its class."""
     name = f'{self.top}{MASKS}/{id_}_segmentation.png'

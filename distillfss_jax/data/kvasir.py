@@ -100,6 +100,10 @@ class Layout:
     """Reads the image of an id, uint8 [H, W, 3]."""
     return self._files.decode(f'{self.top}images/{id_}.jpg', 'RGB')
 
+  def encoded(self, id_):
+    """Reads the file that `image` decodes."""
+    return self._files.read(f'{self.top}images/{id_}.jpg')
+
   def label(self, id_, size):
     """Reads the mask of an id, uint8 [H, W] in {0, 1}.
 

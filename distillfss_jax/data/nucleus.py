@@ -150,6 +150,10 @@ class Layout:
       raise core.BadFileError(f'{id_}: {len(images)} files in images/, not one')
     return self._files.decode(images[0], 'RGB')
 
+  def encoded(self, id_):
+    """Reads the file that `image` decodes."""
+    return self._files.read(self.files_of[id_]['images'][0])
+
   def label(self, id_, size):
     """Unites the masks of an id, uint8 [H, W] in {0, 1}.
 

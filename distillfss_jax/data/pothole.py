@@ -82,6 +82,10 @@ class Layout:
     """Reads the image of an id, uint8 [H, W, 3]."""
     return self._files.decode(self._found[id_][0], 'RGB')
 
+  def encoded(self, id_):
+    """Reads the file that `image` decodes."""
+    return self._files.read(self._found[id_][0])
+
   def label(self, id_, size):
     """Reads the mask of an id, uint8 [H, W] in {0, 1}: any colour is damage."""
     one = self._found[id_]
