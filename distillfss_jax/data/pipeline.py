@@ -1,4 +1,4 @@
-"""Grain pipelines: the support set, the test batches, the tables of episodes.
+"""Grain pipelines: the support set, test batches, episodes and their tables.
 
 What leaves them is NumPy of few shapes; pixels stay uint8, the device
 normalises and resizes them.
@@ -11,7 +11,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from distillfss_jax.data import transforms
+from distillfss_jax.data import core, transforms
 from distillfss_jax.types import VOID
 
 
@@ -139,12 +139,7 @@ def test_batches(
     also native_labels uint8 [B, Hc, Wc], padded with 255 to one of few sizes
     (`canvas`), and sizes int32 [B, 2], rows and columns before padding.
   """
-  part, parts = shard
-  if batch_size < 1 or not 0 <= part < parts:
-    raise ValueError(
-      f'need batch_size >= 1 and 0 <= index < count, got {batch_size} and '
-      f'shard {shard}'
-    )
+  part, parts = _checked_shard(batch_size, shard)
   if not len(dataset.test):
     raise ValueError(f'{dataset.name} has no test images')
   sizes = np.asarray(dataset.test.sizes)
@@ -166,15 +161,30 @@ def test_batches(
     .batch(batch_size)
     .to_iter_dataset(_read_options(4))
   )
-  if workers:
-    if not flags.FLAGS.is_parsed():
-      flags.FLAGS.mark_as_parsed()  # outside app.run grain's flags would fail
-    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
-    batches = batches.mp_prefetch(options)
-  return batches
+  return _in_processes(batches, workers)
 
 
 test_batches.__test__ = False  # for pytest: not a test
+
+
+def _checked_shard(batch_size, shard):
+  part, parts = shard
+  if batch_size < 1 or not 0 <= part < parts:
+    raise ValueError(
+      f'need batch_size >= 1 and 0 <= index < count, got {batch_size} and '
+      f'shard {shard}'
+    )
+  return part, parts
+
+
+def _in_processes(batches, workers):
+  """Has the batches made in processes of their own, where there are some."""
+  if not workers:
+    return batches
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # outside app.run grain's flags would fail
+  options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
+  return batches.mp_prefetch(options)
 
 
 def _read_options(ahead):
@@ -225,3 +235,150 @@ def step_tables(tables, *, steps, per_dispatch):
     )
   source = _Dispatches(tables, steps, per_dispatch)
   return grain.MapDataset.source(source).to_iter_dataset(_read_options(2))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+  """Reads the images of an episode and makes them one size; picklable."""
+
+  pool: core.Pool
+  episodes: object
+  recipe: object
+  support_recipe: object
+  size: int
+
+  def __call__(self, i, generator):
+    """An episode, by its number; a negative one is padding, all void."""
+    if i < 0:
+      row = np.zeros(self.episodes.shape[1], np.int32)
+    elif isinstance(self.episodes, np.ndarray):
+      row = self.episodes[i]
+    else:
+      row = self.episodes(i, generator)
+    class_, query, *shots = row
+    value = self.pool.values[class_]
+    image, label = self._one(generator, self.recipe, query, value)
+    if i < 0:
+      label = np.full_like(label, VOID)
+    support = [
+      self._one(generator, self.support_recipe, shot, value) for shot in shots
+    ]
+    return {
+      'images': image,
+      'labels': _of_class(label),
+      'all_labels': _of_records(label, value),
+      'support_images': np.stack([image for image, _ in support]),
+      'support_labels': np.stack([_of_class(label) for _, label in support]),
+      'class': np.int32(class_),
+      'episode': np.asarray(row, np.int32),
+      'valid': np.bool_(i >= 0),
+    }
+
+  def _one(self, generator, recipe, index, value):
+    """An image and its labels, of which 1 is the class and c + 1 class c."""
+    # One map carries both the mask and all classes through the recipe, which
+    # may ask where the class of the episode is.
+    record = self.pool.source[int(index)]
+    table = np.arange(1, 257).astype(np.uint8)
+    table[[0, value, VOID]] = 0, 1, VOID
+    return recipe(generator, record['image'], table[record['label']], self.size)
+
+
+def _of_class(label):
+  """0, 1 and void of the labels that a recipe gives."""
+  return np.where((label == 1) | (label == VOID), label, 0).astype(np.uint8)
+
+
+def _of_records(label, value):
+  """The labels as the records have them."""
+  table = np.arange(-1, 255).astype(np.uint8)
+  table[[0, 1, VOID]] = 0, value, VOID
+  return table[label]
+
+
+def training_episodes(
+  pool,
+  draw,
+  recipe,
+  support_recipe,
+  *,
+  image_size,
+  batch_size,
+  seed,
+  workers=0,
+  shard=(0, 1),
+):
+  """Batches random episodes without end; the iterator can be checkpointed.
+
+  Episode i of an epoch depends on the seed, the epoch and i alone, so that a
+  global batch is the same however many processes share it.
+
+  Args:
+    pool: a `core.Pool`.
+    draw: (i, generator) -> row of an episode, with a length: `episodes.Random`.
+    recipe: (generator, image, label, size) -> image uint8 [S, S, 3] and label
+      uint8 [S, S], of the query; see `augment.py`.
+    support_recipe: of the shots, each on its own.
+    image_size: S.
+    batch_size: B, per process.
+    seed: of the order, the draws and the augmentation, 0 .. 2**32 - 1.
+    workers: processes that read; 0 reads in threads of this one.
+    shard: (index, count) of this process.
+
+  Returns:
+    grain IterDataset of dicts: images uint8 [B, S, S, 3]; labels uint8
+    [B, S, S], 1 for the class, 0, or 255; all_labels uint8 [B, S, S], those of
+    the records; support_images uint8 [B, s, S, S, 3]; support_labels uint8
+    [B, s, S, S]; class int32 [B]; episode int32 [B, 2+s], the row; valid bool
+    [B], True.
+  """
+  part, parts = _checked_shard(batch_size, shard)
+  read = _Read(pool, draw, recipe, support_recipe, image_size)
+  batches = (
+    grain.MapDataset.range(len(draw))
+    .seed(seed)
+    .shuffle()
+    .random_map(read)
+    .repeat()[part::parts]
+    .batch(batch_size, drop_remainder=True)  # the endless has none
+    .to_iter_dataset(_read_options(2 * batch_size))
+  )
+  return _in_processes(batches, workers)
+
+
+def listed_episodes(
+  pool,
+  table,
+  recipe,
+  support_recipe,
+  *,
+  image_size,
+  batch_size,
+  seed=0,
+  workers=0,
+  shard=(0, 1),
+):
+  """Batches a list of episodes, each once, in its order.
+
+  Args:
+    pool: a `core.Pool`.
+    table: int32 [e, 2+s], from `episodes.listed`.
+    (others): as of `training_episodes`; the seed is of recipes that draw.
+
+  Returns:
+    grain IterDataset of dicts as of `training_episodes`, equally many in all
+    processes; valid is False, and labels are void, where the list has ended.
+  """
+  part, parts = _checked_shard(batch_size, shard)
+  table = np.asarray(table, np.int32)
+  order = np.arange(len(table))
+  order = np.append(order, np.full(-len(order) % (batch_size * parts), -1))
+  read = _Read(pool, table, recipe, support_recipe, image_size)
+  batches = (
+    grain.MapDataset.source(order.tolist())
+    .seed(seed)
+    .random_map(read)[part::parts]
+    .batch(batch_size)
+    .to_iter_dataset(_read_options(2 * batch_size))
+  )
+  return _in_processes(batches, workers)

@@ -1,0 +1,193 @@
+"""Episodes of source data: a class, a query that shows it, and its support.
+
+An episode is a row of integers: the class, the query and the shots, as indices
+into a `core.Pool`. For training they are drawn at random, a pure function of
+the pool and a generator that the pipeline seeds by the episode's number; for
+testing they are a list, made once from a seed. No image is read here.
+
+How the class and the query of an episode are found is a `rule`:
+
+  pair    each pair of an image and a class of it in turn (DCAMA and IFA on
+          PASCAL-5i, FSS-1000)
+  image   each image in turn, and a class of it at random (BAM, HDMNet)
+  class   each class in turn, and an image of it at random (DCAMA on COCO-20i,
+          IFA on its target datasets)
+
+The shots are other images of the class.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from distillfss_jax.data import core
+
+RULES = ('pair', 'image', 'class')
+COUNT = 1000  # episodes that PASCAL-5i and COCO-20i are tested with
+
+
+@dataclasses.dataclass(frozen=True)
+class Random:
+  """Draws training episodes; can be pickled.
+
+  Args:
+    pool: what to draw from.
+    shots: per episode.
+    rule: of `RULES`.
+
+  Raises:
+    ValueError: for an unknown rule, and for classes with too few images.
+  """
+
+  pool: core.Pool
+  shots: int
+  rule: str
+
+  def __post_init__(self):
+    """Checks the arguments before any work."""
+    _check(self.pool, self.shots, self.rule)
+
+  def __len__(self):
+    """Episodes of an epoch."""
+    if self.rule == 'image':
+      return len(self._candidates)
+    return len(self.pool.pairs)
+
+  def __call__(self, i, generator):
+    """Draws an episode.
+
+    Args:
+      i: its place, 0 .. len - 1, which decides what the rule takes in turn.
+      generator: a `numpy.random.Generator`.
+
+    Returns:
+      int32 [2+s]: class, query, shots, which are different images.
+    """
+    if self.rule == 'pair':
+      query, class_ = self.pool.pairs[i]
+    elif self.rule == 'image':
+      query, classes = self._candidates[i]
+      class_ = generator.choice(classes)
+    else:
+      class_ = i % len(self.pool.classes)
+      query = generator.choice(self._images[class_])
+    # Parity: IFA and DCAMA draw each shot alone, so that one can come twice;
+    # here, as with BAM, shots are different.
+    others = self._images[class_]
+    others = others[others != query]
+    shots = generator.choice(others, self.shots, replace=False)
+    return np.array([class_, query, *shots], np.int32)
+
+  @functools.cached_property
+  def _images(self):
+    return _images(self.pool)
+
+  @functools.cached_property
+  def _candidates(self):
+    return _candidates(self.pool)
+
+
+def listed(pool, *, shots, rule, count=COUNT, seed=0):
+  """Makes the list of episodes that a method is tested with.
+
+  Args:
+    pool: what to draw from.
+    shots: per episode.
+    rule: of `RULES`; what it takes in turn starts again until there are enough.
+    count: of episodes.
+    seed: 0 .. 2**32 - 1. The papers' tests on PASCAL-5i have 0.
+
+  Returns:
+    int32 [count, 2+s]: class, query, shots.
+
+  Raises:
+    ValueError: for an unknown rule, and for classes with too few images.
+  """
+  # Parity: 'pair' and 'class' spend the generator as the originals do, so that
+  # the same lists and seed give the same episodes: each shot is drawn alone
+  # among all images of the class, again while it is the query, and one can
+  # come twice. BAM draws in eight workers, which nobody can repeat: 'image' is
+  # the same in distribution, with different shots.
+  _check(pool, shots, rule)
+  images, generator = _images(pool), np.random.RandomState(seed)
+  candidates = _candidates(pool) if rule == 'image' else None
+  rows = []
+  for i in range(count):
+    if rule == 'pair':
+      query, class_ = pool.pairs[i % len(pool.pairs)]
+    elif rule == 'image':
+      query, classes = candidates[i % len(candidates)]
+      class_ = classes[generator.randint(len(classes))]
+    else:
+      class_ = i % len(pool.classes)
+      query = _one(images[class_], generator)
+    chosen = []
+    while len(chosen) < shots:
+      shot = _one(images[class_], generator)
+      if shot != query and not (rule == 'image' and shot in chosen):
+        chosen.append(shot)
+    rows.append([class_, query, *chosen])
+  return np.array(rows, np.int32).reshape(count, 2 + shots)
+
+
+def by_name(pool, table):
+  """Episodes as people read them, for a run's folder.
+
+  Args:
+    pool: what they were drawn from.
+    table: int32 [e, 2+s].
+
+  Returns:
+    List of {'class': name, 'query': id, 'support': [id, ...]}.
+  """
+  ids = pool.source.ids
+  return [
+    {
+      'class': pool.classes[row[0]],
+      'query': ids[row[1]],
+      'support': [ids[i] for i in row[2:]],
+    }
+    for row in np.asarray(table)
+  ]
+
+
+def _check(pool, shots, rule):
+  if rule not in RULES:
+    raise ValueError(f'episode rule {rule!r} is not one of {RULES}')
+  if shots < 1:
+    raise ValueError(f'need at least 1 shot, got {shots}')
+  # Parity: the originals would look for another image for ever.
+  counts = np.bincount(pool.pairs[:, 1], minlength=len(pool.classes))
+  few = [
+    f'{name} ({count})'
+    for name, count in zip(pool.classes, counts, strict=True)
+    if count <= shots
+  ]
+  if few:
+    raise ValueError(
+      f'{shots} shots and a query need {shots + 1} images of a class, but '
+      f'there are fewer of {", ".join(few[:5])}; {len(few)} classes in all: '
+      'take fewer shots'
+    )
+
+
+def _images(pool):
+  """The images of each class, in the pool's order."""
+  pairs = pool.pairs
+  return [pairs[pairs[:, 1] == c, 0] for c in range(len(pool.classes))]
+
+
+def _candidates(pool):
+  """[(image, its classes)], the images in the pool's order.
+
+  Parity: an image is there by a class that is large in it, but may be asked
+  for any of the classes that it shows.
+  """
+  present = np.asarray(pool.source.present)[:, np.asarray(pool.values) - 1]
+  images = dict.fromkeys(pool.pairs[:, 0].tolist())
+  return [(i, np.flatnonzero(present[i])) for i in images]
+
+
+def _one(images, generator):
+  return images[generator.choice(len(images), 1, replace=False)[0]]
