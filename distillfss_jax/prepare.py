@@ -15,7 +15,7 @@ import numpy as np
 from absl import app, flags
 
 from distillfss_jax import report
-from distillfss_jax.data import core, pipeline
+from distillfss_jax.data import augment, core, episodes, pipeline
 
 _SHOWN, _SIZE = 10, 192  # images of each split on a contact sheet; pixels
 
@@ -88,6 +88,46 @@ def show(dataset, data_dir, **options):
   return path
 
 
+def show_episodes(dataset, data_dir):
+  """Writes a sheet of test episodes; returns its path, None without any.
+
+  Of evenly spaced ones of the list, the query above its shot.
+  """
+  module = core.module(dataset)
+  if not hasattr(module, 'pool'):
+    return None
+  pool = module.pool(data_dir=data_dir)
+  table = episodes.listed(pool, shots=1, rule='pair')
+  table = table[np.linspace(0, len(table) - 1, _SHOWN).round().astype(int)]
+  recipe = augment.get('none')
+  batch = next(
+    iter(
+      pipeline.listed_episodes(
+        pool, table, recipe, recipe, image_size=_SIZE, batch_size=len(table)
+      )
+    )
+  )
+  named = episodes.by_name(pool, table)
+  palette = ((0, 0, 0), (230, 159, 0))
+  rows = [
+    report.support_panel(
+      batch['images'],
+      batch['labels'],
+      names=[f'query: {x["class"]}'[:20] for x in named],
+      palette=palette,
+    ),
+    report.support_panel(
+      batch['support_images'][:, 0],
+      batch['support_labels'][:, 0],
+      names=[x['support'][0][-20:] for x in named],
+      palette=palette,
+    ),
+  ]
+  path = pathlib.Path(data_dir) / dataset / 'episodes.png'
+  report.save(path, report.grid(rows))
+  return path
+
+
 def main(argv):
   """Runs the flags; 1 and one line instead of a traceback on a known error."""
   values = flags.FLAGS
@@ -104,6 +144,8 @@ def main(argv):
     if values.show:
       named = {k: v for k, v in options.items() if k == 'name'}
       print(f'look: {show(values.dataset, values.data_dir, **named)}')
+      if path := show_episodes(values.dataset, values.data_dir):
+        print(f'and at episodes: {path}')
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1

@@ -10,15 +10,22 @@ from unittest import mock
 import numpy as np
 import pytest
 import test_data_benchmark_a as small
+import test_data_chestxray
+import test_data_cityscapes
+import test_data_coco
+import test_data_evican
 import test_data_folder
+import test_data_fss1000
 import test_data_industrial
 import test_data_lung
 import test_data_nucleus
+import test_data_pascal
+import test_data_polyp
 import test_data_weedmap
 from trees import put
 
 from distillfss_jax import prepare, train
-from distillfss_jax.data import core
+from distillfss_jax.data import augment, core, episodes, pipeline
 
 
 def deepglobe_tree():
@@ -48,8 +55,24 @@ TREES = {
     test_data_lung.slices(6, 0), test_data_lung.slices(3, 1)
   ),
   'folder': lambda: test_data_folder.tree([test_data_folder.grey([255])]),
+  'pascal': test_data_pascal.tree,
+  'coco': test_data_coco.tree,
+  'cityscapes': test_data_cityscapes.tree,
+  'evican': test_data_evican.tree,
+  'polyp': test_data_polyp.tree,
+  'chestxray': test_data_chestxray.tree,
+  'fss1000': test_data_fss1000.tree,
 }
-SHOTS = {'isic': 6, 'deepglobe': 6, 'industrial': 10, 'weedmap': 2}
+SHOTS = {
+  'isic': 6,
+  'deepglobe': 6,
+  'industrial': 10,
+  'weedmap': 2,
+  'pascal': 10,
+  'coco': 20,
+  'cityscapes': 19,
+}
+EPISODIC = ('pascal', 'coco', 'chestxray', 'fss1000')
 
 
 def test_no_dataset_is_left_out():
@@ -99,6 +122,47 @@ def test_a_support_is_chosen_and_shown(name, prepared):
   options = {'name': 'mine'} if name == 'folder' else {}
   path = prepare.show(name, data_dir, **options)
   assert path.stat().st_size > 1000
+
+
+def test_which_have_episodes():
+  found = (x for x in core.names() if hasattr(core.module(x), 'pool'))
+  assert set(found) == set(EPISODIC)
+
+
+@pytest.mark.parametrize('name', EPISODIC)
+def test_episodes_are_listed_and_shown(name, prepared):
+  data_dir = prepared(name)
+  options = {'part': 'test'}
+  if name in ('pascal', 'coco'):  # whose trees have small images
+    options['min_area'] = 1
+  module = core.module(name)
+  pool = module.pool(data_dir=data_dir, **options)
+  for rule in episodes.RULES:
+    table = episodes.listed(pool, shots=1, rule=rule)
+    assert table.shape == (1000, 3)
+    assert set(table[:, 0]) == set(range(len(pool.classes)))
+  with mock.patch.object(module, 'pool', lambda data_dir: pool):
+    path = prepare.show_episodes(name, data_dir)
+  assert path.stat().st_size > 1000
+  # What is asked for is there, in the query and in the shot.
+  batch = next(
+    iter(
+      pipeline.listed_episodes(
+        pool,
+        table[:8],
+        augment.get('none'),
+        augment.get('none'),
+        image_size=64,
+        batch_size=8,
+      )
+    )
+  )
+  assert (batch['labels'] == 1).any((1, 2)).all()
+  assert (batch['support_labels'] == 1).any((1, 2, 3)).all()
+
+
+def test_others_have_no_episodes(prepared):
+  assert prepare.show_episodes('kvasir', prepared('kvasir')) is None
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ How the class and the query of an episode are found is a `rule`:
           PASCAL-5i, FSS-1000)
   image   each image in turn, and a class of it at random (BAM, HDMNet)
   class   each class in turn, and an image of it at random (DCAMA on COCO-20i,
-          IFA on its target datasets)
+          IFA's tests)
 
 The shots are other images of the class.
 """

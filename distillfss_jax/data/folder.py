@@ -23,6 +23,7 @@ import json
 import logging
 import pathlib
 import re
+import threading
 import typing
 import warnings
 
@@ -978,6 +979,7 @@ class Coco:
         f'{name} needs pycocotools: pip install pycocotools'
       ) from error
     self._painter, self._images, self._name = mask, images, name
+    self._lock = threading.Lock()
     try:
       made = json.loads(files.read(name))
       entries = [(x['id'], x['file_name'], x) for x in made['images']]
@@ -1080,7 +1082,8 @@ class Coco:
       else:
         parts = self._painter.frPyObjects(form, rows, columns)
         form = self._painter.merge(parts)
-      with warnings.catch_warnings():
+      # What is caught is the same for all threads: one at a time.
+      with self._lock, warnings.catch_warnings():
         # Its array type does not know the arguments of NumPy 2.
         warnings.simplefilter('ignore', DeprecationWarning)
         made = self._painter.decode(form).astype(bool)
