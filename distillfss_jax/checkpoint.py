@@ -234,8 +234,8 @@ class Checkpointer:
     """Turns whatever storage raises into one error that names the folder."""
     try:
       yield
-    except _LaterStepsError:
-      raise
+    except (_LaterStepsError, jax.errors.JaxRuntimeError):
+      raise  # the latter: another process is gone
     except Exception as error:  # tensorstore reports a full disk as ValueError
       self._done.clear()  # whatever was under way may be tried again
       raise OSError(

@@ -5,6 +5,7 @@ its folder, --workdir, by default runs/<config>-<time>.
 """
 
 import itertools
+import os
 import pathlib
 import runpy
 import sys
@@ -14,13 +15,25 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from distillfss_jax import train
+from distillfss_jax import parallel, recovery, train
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'The experiment: a file, and arguments after a colon.'
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, "The run's folder; by default runs/<config>-<time>."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+  'distributed', False, 'One of several processes: SLURM, MPI or TPU say which.'
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', None, 'One of several processes: host:port of process 0.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'How many processes there are, with --coordinator.'
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Which one this is, from 0, with --coordinator.'
 )
 
 
@@ -31,6 +44,12 @@ def main(argv):
   config = _CONFIG.value
   if config is None:
     sys.exit('error: --config is missing, such as --config configs/demo.py')
+  together = _DISTRIBUTED.value or _COORDINATOR.value
+  if together and not _WORKDIR.value:
+    sys.exit(
+      'error: several processes need the same --workdir, on a file system that '
+      'all of them see'
+    )
   started = time.strftime('%Y%m%d-%H%M%S')
   workdir = pathlib.Path(_WORKDIR.value or f'runs/{config.name}-{started}')
   # The terminal shows progress and warnings; the rest goes to the run's log.
@@ -41,16 +60,41 @@ def main(argv):
   jax.config.update('jax_compilation_cache_dir', str(cache))
   finished = (workdir / 'results.json').exists()
   try:
+    if together:
+      parallel.start(
+        _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+      )
     results = train.run(config, workdir)
   except (ValueError, TypeError, OSError) as error:
-    logging.info('where it failed', exc_info=True)
-    sys.exit(f'error: {error}')
+    _leave(1, f'error: {error}')
+  except recovery.Stopped as stopped:
+    again = f'the same command with --workdir {workdir} goes on'
+    _leave(stopped.code, f'stopped by {stopped}: {again}')
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1 or 'RESOURCE_EXHAUSTED' in str(error):
+      raise
+    _leave(
+      recovery.AGAIN,
+      'error: another process of this run was lost, and this one ends with it '
+      f'({str(error).splitlines()[0][:200]}). Start all of them again with '
+      f'--workdir {workdir}: the run goes on from its newest checkpoint',
+    )
   if finished:
     print(f'{workdir} holds a finished run: nothing is left to do')
   if jax.process_index() == 0:
     print(train.score_table(results))
     print(f'\nfolder: {workdir}\nlook:   {workdir}/panels')
     print(f'or:     tensorboard --logdir {workdir.parent}')
+
+
+def _leave(code, line):
+  """Ends the process with a line on the terminal."""
+  logging.flush()
+  print(line, file=sys.stderr, flush=True)
+  if parallel.started():
+    # The orderly way waits minutes for processes that may be gone.
+    os._exit(code)
+  sys.exit(code)
 
 
 def parse(argv: list[str]) -> list[str]:

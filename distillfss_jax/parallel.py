@@ -1,13 +1,83 @@
-"""Devices: the mesh, and a per-device program mapped over it."""
+"""Devices and processes: the mesh, a program mapped over it, agreement."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = 'data'
+START, SILENCE = (
+  300,
+  40,
+)  # seconds to find each other; that a dead one is silent
+
+
+def start(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> None:
+  """Joins the processes of a run; before anything else of JAX.
+
+  Args:
+    coordinator: 'host:port' of process 0, where it listens. Without it all
+      three are found out under SLURM, Open MPI and on TPU.
+    num_processes: of the run.
+    process_id: of this one, 0 .. num_processes - 1.
+
+  Raises:
+    ValueError: what is missing cannot be found out.
+  """
+  given = {
+    '--coordinator': coordinator,
+    '--num_processes': num_processes,
+    '--process_id': process_id,
+  }
+  missing = [name for name, value in given.items() if value is None]
+  if missing and len(missing) < len(given):
+    raise ValueError(
+      f'{", ".join(missing)} is missing: give all of {", ".join(given)}, or '
+      'none of them where SLURM, MPI or a TPU says it'
+    )
+  if not missing and not 0 <= process_id < num_processes:
+    raise ValueError(
+      f'--process_id must be 0..{num_processes - 1} (--num_processes is '
+      f'{num_processes}), got {process_id}'
+    )
+  # SIGTERM is ours: the loop agrees on the step after which to stop.
+  jax.config.update('jax_enable_preemption_service', False)
+  try:
+    jax.distributed.initialize(
+      coordinator,
+      num_processes,
+      process_id,
+      initialization_timeout=START,
+      heartbeat_timeout_seconds=SILENCE,
+    )
+  except (ValueError, RuntimeError) as error:
+    raise ValueError(
+      f'the processes of this run do not find each other ({error}): give '
+      f'{", ".join(given)} of each, and all of them the same coordinator'
+    ) from error
+
+
+def started() -> bool:
+  """Whether this process has joined others."""
+  return jax.distributed.is_initialized()
+
+
+def gather(x: Any) -> np.ndarray:
+  """What all processes say, [processes, ...]; all must ask."""
+  x = np.asarray(x)
+  if jax.process_count() == 1:
+    return x[None]
+  # As bytes: JAX would make int64 and float64 narrower.
+  raw = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+  raw = np.asarray(multihost_utils.process_allgather(raw))
+  return raw.view(x.dtype).reshape(-1, *x.shape)
 
 
 def mesh(*, local: bool = False) -> Mesh:

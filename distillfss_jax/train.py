@@ -6,6 +6,7 @@ results.json. A run that was killed goes on from its newest good checkpoint and
 ends with the same numbers: all that is random is a function of seed and step.
 """
 
+import contextlib
 import dataclasses
 import errno
 import importlib.metadata
@@ -27,6 +28,7 @@ from distillfss_jax import (
   parallel,
   params,
   program,
+  recovery,
   report,
   writer,
 )
@@ -60,14 +62,19 @@ def run(config, workdir: str | os.PathLike) -> dict:
 
   Raises:
     ValueError: the config does not fit the data, or the folder holds a run of
-      another config.
+      another config or is in use.
     OSError: the folder cannot be written.
+    recovery.Stopped: by SIGTERM or Ctrl-C; what was done is saved.
   """
+  with recovery.Stop() as stop:
+    return _run(config, pathlib.Path(workdir), stop)
+
+
+def _run(config, workdir, stop):
   begin = time.monotonic()
-  workdir = pathlib.Path(workdir)
   results = workdir / 'results.json'
   _check_same(config, workdir)
-  if results.exists():
+  if _on_first(results.exists()):
     logging.info('%s is finished: %s holds its scores', workdir, results)
     return json.loads(results.read_text())
   data = load_data(config)
@@ -77,23 +84,50 @@ def run(config, workdir: str | os.PathLike) -> dict:
   initial = compiled.draw()
   # What is wrong with files of weights is said before there is a folder; a run
   # that goes on has no need of them.
-  fresh = not (workdir / 'checkpoints').exists()
+  fresh = _on_first(not (workdir / 'checkpoints').exists())
   if fresh:
     initial = compiled.load(initial)
-  _claim(config, workdir)
-  logging.info('parameters:\n%s', _overview(initial, compiled, config))
-  saver = checkpoint.Checkpointer(workdir / 'checkpoints')
-  found = saver.restore(jax.eval_shape(compiled.start, initial))
-  if not (found or fresh):
-    initial = compiled.load(initial)
-  out = writer.create(workdir, resume_step=found.step if found else -1)
-  try:
-    job = _Job(config, workdir, data, tables, over, compiled, saver, out)
-    return job.run(initial, found, begin)
-  finally:
-    saver.close()
-    out.close()
-    _end_log()
+  with contextlib.ExitStack() as last:
+    lock = last.enter_context(_claimed(config, workdir))
+    logging.info('parameters:\n%s', _overview(initial, compiled, config))
+    saver = checkpoint.Checkpointer(workdir / 'checkpoints')
+    last.callback(saver.close)
+    found = saver.restore(jax.eval_shape(compiled.start, initial))
+    if not (found or fresh):
+      initial = compiled.load(initial)
+    out = writer.create(workdir, resume_step=found.step if found else -1)
+    last.callback(out.close)
+    if not found:
+      out.write_hparams(hparams(config))
+    return _Job(
+      config, workdir, data, tables, over, compiled, saver, out, stop, lock
+    ).run(initial, found, begin)
+
+
+def _on_first(value):
+  """What process 0 says: file systems tell the others late."""
+  return bool(parallel.gather(np.bool_(value))[0])
+
+
+def hparams(config) -> dict:
+  """What distinguishes runs of a sweep, for TensorBoard's table."""
+  return {
+    'dataset': config.data.name,
+    **{k: v for k, v in config.data.args.items() if k != 'data_dir'},
+    'system': config.system,
+    'student': config.student,
+    'backbone': config.model.backbone.name,
+    'init': config.model.init,
+    'shots': config.support.shots,
+    'support_rule': config.support.rule,
+    'support_seed': config.support.seed,
+    'seed': config.seed,
+    'episodes': config.episodes,
+    'optim': config.optim,
+    'loss': config.loss,
+    'image_size': config.data.image_size,
+    'steps': config.steps,
+  }
 
 
 def load_data(config) -> Data:
@@ -141,6 +175,8 @@ class _Job:
   compiled: program.Program
   saver: checkpoint.Checkpointer
   out: object
+  stop: recovery.Stop
+  lock: recovery.Lock | None  # process 0's
 
   def run(self, initial, found, begin):
     config, data = self.config, self.data
@@ -212,41 +248,68 @@ class _Job:
       kept = {**extra, 'seconds': seconds, 'pending': _pack(logs)}
       self.saver.save(step, state, iterator, kept)
 
+    def test():
+      scored = self._test(evaluator, state, self.compiled.roles)
+      self._write_scores(step, scored)
+      extra['tested'] = step
+
+    if step and self._tests_at(step) and extra.get('tested') != step:
+      test()  # the run was stopped before it could
     while step < config.steps:
-      # The first dispatch is one step: it compiles, and the second measures.
-      count = 1 if pace is None else max(1, int(PATIENCE / pace))
-      for every in (config.log_every, config.checkpoint_every):
-        count = min(count, every - step % every)
-      if config.eval.every:
-        count = min(count, config.eval.every - step % config.eval.every)
-      count = min(count, per_dispatch, config.steps - step)
-      tables, valid = self._take(iterator, count, per_dispatch)
-      begin_step = time.monotonic()
-      state, log = self.compiled.dispatch(state, bank, tables, valid, count)
-      log = jax.device_get(parallel.local(log))
-      elapsed = time.monotonic() - begin_step
-      step += count
-      logs.append(
-        jax.tree.map(lambda x, count=count: x[:count].astype(float), log)
-      )
-      if progress is None:
-        logging.info('the first step, with compilation: %.1f s', elapsed)
-        progress = writer.Progress(config.steps, start=step)
-      else:
-        pace = elapsed / count
-      speed = progress.update(step, {'loss': logs[-1]['loss'][-1]})
-      if step % config.log_every == 0 or step == config.steps:
-        self._log(step, logs, speed)
-        logs = []
-      tested = config.eval.every and step % config.eval.every == 0
-      if tested and step < config.steps:
-        scored = self._test(evaluator, state, self.compiled.roles)
-        self._write_scores(step, scored)
-      if step % config.checkpoint_every == 0 or step == config.steps:
-        save()
+      with self.stop.deferred():
+        count = self._count(step, pace, per_dispatch)
+        tables, valid = self._take(iterator, count, per_dispatch)
+        begin_step = time.monotonic()
+        state, log = self.compiled.dispatch(state, bank, tables, valid, count)
+        log = jax.device_get(parallel.local(log))
+        elapsed = time.monotonic() - begin_step
+        step += count
+        logs.append(
+          jax.tree.map(lambda x, count=count: x[:count].astype(float), log)
+        )
+        if progress is None:
+          logging.info('the first step, with compilation: %.1f s', elapsed)
+          progress = writer.Progress(config.steps, start=step)
+          elapsed = None
+        speed = progress.update(step, {'loss': logs[-1]['loss'][-1]})
+        if step % config.log_every == 0 or step == config.steps:
+          self._log(step, logs, speed)
+          logs = []
+        pace, wanted = self._agree(elapsed and elapsed / count)
+        if wanted:
+          save()
+          self.saver.wait()
+          logging.info('stopped at step %d: the same command goes on', step)
+          raise recovery.Stopped(wanted)
+      if self._tests_at(step):
+        test()
+      with self.stop.deferred():
+        if step % config.checkpoint_every == 0 or step == config.steps:
+          save()
     self.saver.wait()
     clock['adapt'] = time.monotonic() - begin
     return state
+
+  def _tests_at(self, step):
+    every = self.config.eval.every
+    return every and step % every == 0 and step < self.config.steps
+
+  def _count(self, step, pace, most):
+    """How many steps the next dispatch takes."""
+    config = self.config
+    # The first dispatch is one step: it compiles, and the second measures.
+    count = 1 if pace is None else max(1, int(PATIENCE / pace))
+    for every in (config.log_every, config.checkpoint_every, config.eval.every):
+      if every:
+        count = min(count, every - step % every)
+    return min(count, most, config.steps - step)
+
+  def _agree(self, pace):
+    """Seconds per step, and the signal to stop by, the same everywhere."""
+    if self.lock:
+      self.lock.check()
+    said = parallel.gather(np.array([pace or 0.0, self.stop.wanted]))
+    return said[0, 0] or None, int(said[:, 1].max())
 
   def _take(self, iterator, count, size):
     """The next `count` tables, padded to the program's shapes."""
@@ -360,10 +423,10 @@ class _Job:
   def _conclude(self, results, scored):
     """Writes pictures, curves and, last, the results: the run is finished."""
     self._write_scores(self.config.steps, scored)
-    self._show_tests(scored)
-    self.out.flush()
     if jax.process_index():
       return
+    self._show_tests(scored)
+    self.out.flush()
     report.curves(
       self.workdir / 'metrics.jsonl', self.workdir / 'panels' / 'curves.png'
     )
@@ -460,23 +523,58 @@ def _check_same(config, workdir):
     )
 
 
-def _claim(config, workdir):
-  """Makes the run's folder, with its config and its log."""
-  try:
+@contextlib.contextmanager
+def _claimed(config, workdir):
+  """Makes the run's folder this run's, with its config and its log.
+
+  Yields the lock in process 0, None in others.
+  """
+  with contextlib.ExitStack() as last:
+    lock, problem = None, None
+    try:
+      if jax.process_index() == 0:
+        lock = last.enter_context(_locked(workdir))
+        files.write_atomically(workdir / 'config.json', _text(config))
+    except (ValueError, OSError) as error:
+      problem = error
+    if not _on_first(problem is None):
+      raise problem or ValueError('process 0 cannot start: its log says why')
+    _begin_log(workdir)
+    last.callback(_end_log)
+    try:
+      yield lock
+    except Exception as error:
+      if not isinstance(error, recovery.Stopped):
+        logging.info('where it failed', exc_info=True)
+      raise
+
+
+def _locked(workdir):
+  with _writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-      files.write_atomically(workdir / 'config.json', _text(config))
-    handler = logging.get_absl_handler()
-    _end_log()
-    handler.use_absl_log_file('log', str(workdir))
-    handler.addFilter(_not_of_orbax)
-    logging.set_verbosity(logging.INFO)
+    return recovery.Lock(workdir)
+
+
+@contextlib.contextmanager
+def _writing(workdir):
+  """Says of an error of the file system what to do."""
+  try:
+    yield
   except OSError as error:
     reason = os.strerror(error.errno or errno.EIO)
     raise OSError(
       f'cannot write the run into {workdir}: {reason}; give a --workdir that '
       'can be written and has space'
     ) from error
+
+
+def _begin_log(workdir):
+  with _writing(workdir):
+    handler = logging.get_absl_handler()
+    _end_log()
+    handler.use_absl_log_file('log', str(workdir))
+    handler.addFilter(_not_of_orbax)
+    logging.set_verbosity(logging.INFO)
 
 
 def _not_of_orbax(record):

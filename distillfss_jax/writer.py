@@ -188,7 +188,7 @@ class JsonlWriter(metric_writers.MetricWriter):
 
     Lines that are no JSON, as a killed run leaves them, are dropped.
     """
-    self._path = pathlib.Path(path)
+    self._path, self._kept = pathlib.Path(path), set()
     self._path.parent.mkdir(parents=True, exist_ok=True)
     if self._path.exists():
       text = self._path.read_text(errors='replace')
@@ -196,6 +196,9 @@ class JsonlWriter(metric_writers.MetricWriter):
       kept = ''.join(line for line in lines if _keeps(line, resume_step))
       if kept != text:
         files.write_atomically(self._path, kept)
+      # What a resumed run finds out once more about the step it starts from.
+      rows = map(json.loads, kept.splitlines()[-8:])
+      self._kept = {_name(row) for row in rows if row['step'] == resume_step}
 
   def write_scalars(self, step, scalars):
     """Appends one line."""
@@ -206,6 +209,8 @@ class JsonlWriter(metric_writers.MetricWriter):
     for name, value in scalars.items():
       value = _number(value)
       row[name] = value if np.isfinite(value) else None
+    if _name(row) in self._kept:
+      return
     with self._path.open('a') as file:
       file.write(json.dumps(row) + '\n')
 
@@ -365,6 +370,11 @@ def _png(picture):
   picture = picture[..., 0] if picture.shape[-1] == 1 else picture
   Image.fromarray(picture).save(buffer, format='PNG')
   return buffer.getvalue()
+
+
+def _name(row):
+  """What a line of metrics.jsonl is about: its step and its metrics."""
+  return row['step'], *sorted(row)
 
 
 def _keeps(line, resume_step):

@@ -141,7 +141,7 @@ def test_episodes_are_listed_and_shown(name, prepared):
     table = episodes.listed(pool, shots=1, rule=rule)
     assert table.shape == (1000, 3)
     assert set(table[:, 0]) == set(range(len(pool.classes)))
-  with mock.patch.object(module, 'pool', lambda data_dir: pool):
+  with mock.patch.object(module, 'pool', return_value=pool):
     path = prepare.show_episodes(name, data_dir)
   assert path.stat().st_size > 1000
   # What is asked for is there, in the query and in the shot.

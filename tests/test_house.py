@@ -36,7 +36,7 @@ FLOORS = {
   **dict.fromkeys(
     (
       'backbones', 'data', 'optim', 'checkpoint', 'writer', 'parallel',
-      'report',
+      'recovery', 'report',
     ),
     2,
   ),

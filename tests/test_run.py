@@ -34,13 +34,10 @@ SCORES = ('miou', 'fb_iou', 'accuracy', 'f1', 'precision', 'recall')
 LAST_LINE = 'tensorboard --logdir'
 
 
-def start(workdir, *arguments, devices=1):
+def start(workdir, *arguments, devices=1, more_flags=''):
   """Starts a run on CPU devices; its output is read with `finish`."""
-  environment = {
-    **os.environ,
-    'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-  }
+  flags = f'--xla_force_host_platform_device_count={devices} {more_flags}'
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
   command = [sys.executable, '-m', 'distillfss_jax.main', *arguments]
   return subprocess.Popen(
     [*command, '--workdir', str(workdir)],
@@ -122,11 +119,11 @@ def log(workdir):
   )
 
 
-def assert_same(a, b):
+def assert_same(a, b, step=STEPS):
   """Two runs ended alike, bit for bit, and told every step once."""
   assert scores(a) == scores(b)
   assert rows(a) == rows(b)
-  arrays, others = leaves(a), leaves(b)
+  arrays, others = leaves(a, step), leaves(b, step)
   assert arrays.keys() == others.keys()
   for path, array in arrays.items():
     np.testing.assert_array_equal(array, others[path], err_msg=path)

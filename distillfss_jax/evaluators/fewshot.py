@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from distillfss_jax import parallel, writer
 from distillfss_jax.data import core, pipeline
@@ -22,8 +21,8 @@ class Scored:
   confusions: {role: {'test': ..., 'test_native': ...}}, at the model's size
     and, if asked for, at the images' own.
   shown: {test index: {role: uint8 label map at the model's size}}, of the
-    images asked for that this process saw.
-  seconds: how long it took; images: how many were scored.
+  shown: {test index: {role: uint8 label map at the model's size}}, of the
+    images asked for  seconds: how long it took; images: how many were scored.
   """
 
   confusions: dict[str, dict[str, Confusion]]
@@ -79,7 +78,7 @@ class FewShot:
     self._mine = len(
       range(jax.process_index(), len(dataset.test), jax.process_count())
     )
-    self._predict, self._native = predict, native
+    self._predict, self._native, self._size = predict, native, image_size
     self._total, self._classes = len(dataset.test), 1 + len(dataset.classes)
     self._count = jax.jit(_count, static_argnums=2)
 
@@ -122,13 +121,27 @@ class FewShot:
           }
       done += int(batch['valid'].sum())
       progress.update(done)
-    if jax.process_count() > 1:
-      for of_role in confusions.values():
-        for confusion in of_role.values():
-          confusion.counts = multihost_utils.process_allgather(
-            confusion.counts
-          ).sum(0)
+    for of_role in confusions.values():
+      for confusion in of_role.values():
+        confusion.counts = parallel.gather(confusion.counts).sum(0)
+    if jax.process_count() > 1 and show:
+      shown = _shown_anywhere(shown, roles, show, self._size)
     return Scored(confusions, shown, time.monotonic() - begin, self._total)
+
+
+def _shown_anywhere(shown, roles, show, size):
+  """What all processes together have to show."""
+  maps = np.zeros((len(show), len(roles), size, size), np.uint8)
+  seen = np.zeros(len(show), bool)
+  for i, index in enumerate(show):
+    if index in shown:
+      seen[i] = True
+      maps[i] = [shown[index][role] for role in roles]
+  maps, seen = parallel.gather(maps), parallel.gather(seen)
+  return {
+    index: dict(zip(roles, maps[seen[:, i].argmax(), i], strict=True))
+    for i, index in enumerate(show)
+  }
 
 
 def _count(logits, batch, classes):

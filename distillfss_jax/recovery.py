@@ -1,0 +1,241 @@
+"""What a run does about its end: a lock on its folder, signals, exit codes.
+
+A run may be stopped, killed or started twice at any moment. SIGTERM and Ctrl-C
+are granted where the state can be saved; the exit code says whether starting
+the same command again goes on. One process at a time works in a folder.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+
+from distillfss_jax import files
+
+AGAIN = os.EX_TEMPFAIL  # 75: saved; the same command goes on
+INTERRUPTED = 128 + signal.SIGINT
+LOCK = 'lock'
+BEAT = 10.0  # seconds between an owner's signs of life
+SILENCE = 45.0  # without any, an owner on another host is taken for dead
+
+
+class Stopped(Exception):  # noqa: N818  (not an error: it was asked for)
+  """A run was asked to stop, by the signal of this number."""
+
+  def __init__(self, signum):
+    super().__init__(signal.Signals(signum).name)
+    self.signum = signum
+
+  @property
+  def code(self):
+    """What the process exits with."""
+    return INTERRUPTED if self.signum == signal.SIGINT else AGAIN
+
+
+class Stop:
+  """Hears SIGTERM and Ctrl-C; a context, of the main thread.
+
+  Attributes:
+    wanted: number of the signal that came inside `deferred`, 0 for none.
+  """
+
+  def __init__(self):
+    self.wanted = 0
+    self._deferred = False
+    self._before = {}
+
+  def __enter__(self):
+    if threading.current_thread() is threading.main_thread():
+      for signum in (signal.SIGTERM, signal.SIGINT):
+        self._before[signum] = signal.signal(signum, self._hear)
+    return self
+
+  def __exit__(self, *error):
+    for signum, handler in self._before.items():
+      signal.signal(signum, handler)
+
+  @contextlib.contextmanager
+  def deferred(self):
+    """Inside, a first signal is only noted; elsewhere it raises Stopped."""
+    self._deferred = True
+    try:
+      yield
+    finally:
+      self._deferred = False
+
+  def _hear(self, signum, frame):
+    del frame
+    if not self._deferred or self.wanted:
+      raise Stopped(signum)
+    self.wanted = signum
+    print(
+      f'{signal.Signals(signum).name}: stopping when the step under way is '
+      'done and saved; once more stops at once',
+      file=sys.stderr,
+      flush=True,
+    )
+
+
+class Lock:
+  """One owner at a time of a run's folder; a context.
+
+  The file says who the owner is, and a thread of the owner counts in it. Of an
+  owner on this machine the system knows whether it lives; one elsewhere is dead
+  when its count stands still for a while, which needs no clock that agrees.
+
+  Args:
+    folder: the run's folder, which exists.
+  """
+
+  def __init__(self, folder: str | os.PathLike):
+    self._path = pathlib.Path(folder) / LOCK
+    self._mine = {**_me(), 'token': uuid.uuid4().hex}
+    self._ended = threading.Event()
+    self._lost = False
+
+  def __enter__(self):
+    """Takes the folder.
+
+    Raises:
+      ValueError: another process is at work in it.
+      OSError: the lock cannot be written.
+    """
+    while not self._create():
+      owner = self._other()
+      if owner is not None and self._lives(owner):
+        raise ValueError(
+          f'{self._path.parent} is in use by process {owner["pid"]} on '
+          f'{owner["host"]}: wait for it, stop it, or give another --workdir. '
+          f'(If it is dead, remove {self._path})'
+        )
+      self._remove(owner)
+    self._thread = threading.Thread(target=self._beat, daemon=True)
+    self._thread.start()
+    return self
+
+  def __exit__(self, *error):
+    self._ended.set()
+    self._thread.join(BEAT)
+    if (_owner(self._path) or {}).get('token') == self._mine['token']:
+      self._path.unlink(missing_ok=True)
+
+  def check(self):
+    """Raises ValueError where another process has taken the folder."""
+    if self._lost:
+      owner = _owner(self._path) or {'pid': '?', 'host': '?'}
+      raise ValueError(
+        f'{self._path.parent} was taken over by process {owner["pid"]} on '
+        f'{owner["host"]} while this one gave no sign of life: this one ends'
+      )
+
+  def _create(self):
+    try:
+      with self._path.open('x') as file:
+        file.write(self._text(0))
+    except FileExistsError:
+      return False
+    return True
+
+  def _other(self):
+    """Who has the lock; None where nobody writes a whole one."""
+    for _ in range(20):  # it may be being written
+      owner = _owner(self._path)
+      if owner is not None or not self._path.exists():
+        return owner
+      time.sleep(0.1)
+    return None
+
+  def _remove(self, owner):
+    """Removes a stale lock, if it is still this one."""
+    # One at a time: between a look and a removal another could have come.
+    guard = self._path.with_name(f'{LOCK}.removing')
+    for _ in range(50):
+      with contextlib.suppress(FileExistsError):
+        guard.open('x').close()
+        break
+      time.sleep(0.1)  # whoever removes takes no second, or was killed
+    try:
+      if _owner(self._path) == owner:
+        self._path.unlink(missing_ok=True)
+    finally:
+      guard.unlink(missing_ok=True)
+
+  def _text(self, count):
+    return json.dumps({**self._mine, 'count': count})
+
+  def _beat(self):
+    count = 0
+    while not self._ended.wait(BEAT):
+      owner = _owner(self._path)
+      if owner is not None and owner.get('token') != self._mine['token']:
+        self._lost = True
+        return
+      count += 1
+      # A file system that fails for a while is no reason to give up.
+      with contextlib.suppress(OSError):
+        files.write_atomically(self._path, self._text(count))
+
+  def _lives(self, owner):
+    mine = self._mine
+    if (owner['host'], owner['boot']) == (mine['host'], mine['boot']):
+      return _started(owner['pid']) == owner['started'] is not None
+    print(
+      f'{self._path} is of process {owner["pid"]} on {owner["host"]}: looking '
+      f'whether it lives, for up to {SILENCE:.0f} s',
+      file=sys.stderr,
+      flush=True,
+    )
+    until = time.monotonic() + SILENCE
+    while time.monotonic() < until:
+      time.sleep(min(1.0, SILENCE / 10))
+      if _owner(self._path) != owner:
+        return True
+    return False
+
+
+def _me():
+  """Who this process is, also among those that reuse its number."""
+  return {
+    'host': socket.gethostname(),
+    'boot': _read('/proc/sys/kernel/random/boot_id'),
+    'pid': os.getpid(),
+    'started': _started(os.getpid()),
+  }
+
+
+def _started(pid):
+  """When a process of this machine was started; None where there is none."""
+  if not os.path.exists('/proc/self/stat'):  # no Linux
+    try:
+      os.kill(pid, 0)
+    except ProcessLookupError:
+      return None
+    except PermissionError:
+      pass
+    return 'unknown'
+  # The name in the second field may hold spaces, but it ends with ')'.
+  fields = _read(f'/proc/{pid}/stat').rpartition(')')[2].split()
+  dead = not fields or fields[0] in ('Z', 'X')
+  return None if dead else fields[19]
+
+
+def _read(path):
+  try:
+    return pathlib.Path(path).read_text().strip()
+  except OSError:
+    return ''
+
+
+def _owner(path):
+  """What a lock says; None where it is gone or cannot be read."""
+  try:
+    owner = json.loads(path.read_text())
+    return owner if {'host', 'boot', 'pid', 'started'} <= set(owner) else None
+  except (OSError, ValueError, TypeError):
+    return None

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# One run on several nodes, a process for each GPU:
+#
+#   sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --time=4:00:00 \
+#     launch/slurm.sh --config configs/nucleus.py --workdir runs/nucleus
+#
+# Submit it where the project lies; --workdir must be a folder that all nodes
+# see. For many runs of one GPU each: python -m launch.sweep --via slurm.
+# PYTHON (default: .venv's) is the interpreter.
+#
+#SBATCH --job-name=distillfss
+#SBATCH --output=slurm-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+set -uo pipefail
+cd "${SLURM_SUBMIT_DIR:-$PWD}"
+PYTHON=${PYTHON:-.venv/bin/python}
+
+workdir=''
+for ((i = 1; i <= $#; i++)); do
+  case ${!i} in
+    --workdir=*) workdir=${!i#*=} ;;
+    --workdir) next=$((i + 1)) && workdir=${!next-} ;;
+  esac
+done
+if [[ -z $workdir ]]; then
+  echo 'error: give --workdir, a folder that all nodes see' >&2
+  exit 1
+fi
+
+newest() {
+  ls "$workdir/checkpoints" 2>/dev/null | grep -xE '[0-9]+' | sort -n | tail -n 1
+}
+
+# Time is nearly up: all processes are asked to save. With a signal, scancel
+# tells the steps and does not end the job.
+trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+
+step=$(newest)
+srun --kill-on-bad-exit=1 "$PYTHON" -u -m distillfss_jax.main --distributed "$@" &
+child=$!
+status=0
+while :; do # a signal ends `wait` early
+  wait "$child"
+  status=$?
+  kill -0 "$child" 2>/dev/null || break
+done
+
+# 75: saved, or another process was lost; 134: JAX noticed that first; 137, 143:
+# a node went away. All go on from the newest checkpoint, if there are new ones.
+case $status in
+  75 | 134 | 137 | 143)
+    if ((${SLURM_RESTART_COUNT:-0} >= 3)) && [[ $(newest) == "$step" ]]; then
+      echo "error: exit code $status, again without a new checkpoint" >&2
+    else
+      scontrol requeue "$SLURM_JOB_ID"
+    fi
+    ;;
+esac
+exit "$status"

@@ -1,0 +1,624 @@
+"""Collecting runs: tables to the digit, what is not averaged, what is named."""
+
+import csv
+import importlib
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from launch import collect
+
+
+def flags_of(line):
+  """The file, arguments, overrides and folder of a command of main."""
+  words = shlex.split(line)
+  assert words[:4] == ['python', '-m', 'distillfss_jax.main', '--config']
+  stem, arg = re.fullmatch(r'configs/(\w+)\.py(?::(.*))?', words[4]).groups()
+  where = words.index('--workdir')
+  overrides = dict(word[9:].split('=', 1) for word in words[5:where])
+  return stem, arg, overrides, words[where + 1]
+
+
+def config_of(line):
+  """The config that a command gives, as a run's config.json would hold it."""
+  stem, arg, overrides, _ = flags_of(line)
+  config = importlib.import_module(f'configs.{stem}').get_config(arg)
+  for key, text in overrides.items():
+    value = json.loads(text) if text[:1].isdigit() else text
+    config.update_from_flattened_dict({key: value})
+  return json.loads(config.to_json_best_effort())
+
+
+def write(folder, config, student=None, teacher=None, native=None):
+  """A run's folder by hand; unfinished without scores."""
+  folder.mkdir(parents=True)
+  (folder / 'config.json').write_text(json.dumps(config))
+  roles = {'student': student, 'teacher': teacher}
+  test = {
+    role: {'miou': score, 'fb_iou': score / 2}
+    for role, score in roles.items()
+    if score is not None
+  }
+  if test:
+    results = {'test': test}
+    if native is not None:
+      results['test_native'] = {role: {'miou': native} for role in test}
+    (folder / 'results.json').write_text(json.dumps(results))
+  return folder
+
+
+def put(root, arg, *scores, stem='nucleus', name=None, changes=None, **kwargs):
+  """A run with the config of `arg`, in the folder a sweep would give it."""
+  config = importlib.import_module(f'configs.{stem}').get_config(arg)
+  config = json.loads(config.to_json_best_effort())
+  for key, value in (changes or {}).items():
+    *path, last = key.split('.')
+    at = config
+    for part in path:
+      at = at[part]
+    at[last] = value
+  return write(root / stem / (name or arg), config, *scores, **kwargs)
+
+
+def made(root, **kwargs):
+  report, warnings = collect.collect(root, **kwargs)
+  return report, warnings
+
+
+def cells(report):
+  return {
+    (row.dataset, row.method, row.backbone, row.settings, shots): str(cell)
+    for row in report.rows
+    for shots, cell in row.cells.items()
+  }
+
+
+@pytest.fixture
+def root(tmp_path):
+  """Two seeds of a student and its teacher, one run of TransferFSS."""
+  runs = tmp_path / 'runs'
+  put(runs, 'method=distill,shots=5,backbone=swin_b,seed=0', 0.70, 0.60)
+  put(runs, 'method=distill,shots=5,backbone=swin_b,seed=1', 0.72, 0.65)
+  put(runs, 'method=distill,shots=10,backbone=swin_b,seed=0', 0.8, 0.75)
+  put(runs, 'method=transfer,shots=5,backbone=swin_b,seed=0', None, 0.5)
+  return runs
+
+
+TITLE = (
+  'test mIoU in per cent: mean ± standard deviation over seeds and support '
+  'draws'
+)
+HOLES = [
+  'method=distill,shots=10,backbone=swin_b,seed=1',
+  'method=transfer,shots=5,backbone=swin_b,seed=1',
+  'method=transfer,shots=10,backbone=swin_b,seed=0',
+  'method=transfer,shots=10,backbone=swin_b,seed=1',
+]
+
+
+def test_terminal(root):
+  report, warnings = made(root)
+  assert not warnings
+  text = collect.terminal(report).split('\nmissing')[0]
+  # (70 + 72) / 2 = 71, sqrt(2) = 1.4; (60 + 65) / 2 = 62.5, 5 / sqrt(2) = 3.5
+  assert text.splitlines() == [
+    TITLE,
+    '',
+    'dataset  method              backbone           5 shots    10 shots',
+    '-------  ------------------  --------  ----------------  ----------',
+    'nucleus  DistillFSS          swin_b    71.0 ± 1.4 (n=2)  80.0 (n=1)',
+    'nucleus  DistillFSS teacher  swin_b    62.5 ± 3.5 (n=2)  75.0 (n=1)',
+    'nucleus  TransferFSS         swin_b          50.0 (n=1)           -',
+  ]
+
+
+def test_markdown(root):
+  report, _ = made(root)
+  assert collect.markdown(report).splitlines()[:7] == [
+    TITLE,
+    '',
+    '| dataset | method | backbone | 5 shots | 10 shots |',
+    '| --- | --- | --- | ---: | ---: |',
+    r'| nucleus | DistillFSS | swin\_b | 71.0 ± 1.4 (n=2) | 80.0 (n=1) |',
+    r'| nucleus | DistillFSS teacher | swin\_b | 62.5 ± 3.5 (n=2) '
+    '| 75.0 (n=1) |',
+    r'| nucleus | TransferFSS | swin\_b | 50.0 (n=1) | - |',
+  ]
+
+
+def test_csv(root):
+  report, _ = made(root)
+  folder = root / 'nucleus'
+  a, b, c, d = (
+    str(folder / f'method={x},backbone=swin_b,seed={y}')
+    for x, y in (
+      ('distill,shots=5', 0), ('distill,shots=5', 1), ('distill,shots=10', 0),
+      ('transfer,shots=5', 0),
+    )
+  )  # fmt: skip
+  lines = list(csv.reader(io.StringIO(collect.as_csv(report))))
+  assert lines == [
+    ['dataset', 'method', 'backbone', 'settings', 'shots', 'n', 'mean', 'std',
+     'seeds', 'support_seeds', 'folders', 'paper', 'paper_marks',
+     'paper_from'],
+    ['nucleus', 'DistillFSS', 'swin_b', '', '5', '2', '71.0000', '1.4142',
+     '0 1', '0 0', f'{a};{b}', '', '', ''],
+    ['nucleus', 'DistillFSS', 'swin_b', '', '10', '1', '80.0000', '', '0', '0',
+     c, '', '', ''],
+    ['nucleus', 'DistillFSS teacher', 'swin_b', '', '5', '2', '62.5000',
+     '3.5355', '0 1', '0 0', f'{a};{b}', '', '', ''],
+    ['nucleus', 'DistillFSS teacher', 'swin_b', '', '10', '1', '75.0000', '',
+     '0', '0', c, '', '', ''],
+    ['nucleus', 'TransferFSS', 'swin_b', '', '5', '1', '50.0000', '', '0', '0',
+     d, '', '', ''],
+  ]  # fmt: skip
+
+
+def test_latex(root):
+  report, _ = made(root)
+  assert collect.latex(report).splitlines() == [
+    r'\begin{tabular}{lllrr}',
+    r'\toprule',
+    r'dataset & method & backbone & 5 shots & 10 shots \\',
+    r'\midrule',
+    r'nucleus & DistillFSS & swin\_b & 71.0 $\pm$ 1.4 (n=2) & 80.0 (n=1) \\',
+    r'nucleus & DistillFSS teacher & swin\_b & 62.5 $\pm$ 3.5 (n=2) '
+    r'& 75.0 (n=1) \\',
+    r'nucleus & TransferFSS & swin\_b & 50.0 (n=1) & - \\',
+    r'\bottomrule',
+    r'\end{tabular}',
+    r'\par{\footnotesize test mIoU in per cent: mean $\pm$ standard deviation '
+    'over seeds and support draws}',
+  ]
+  assert r'a_&%$#{}~^\|'.translate(collect.LATEX) == (
+    r'a\_\&\%\$\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}$|$'
+  )
+
+
+def test_other_scores(root):
+  put(
+    root, 'method=distill,shots=5,backbone=swin_b,seed=2', 0.9, 0.6, native=0.4
+  )
+  fb, _ = made(root, metric='fb_iou')
+  assert cells(fb)['nucleus', 'DistillFSS', 'swin_b', '', 10] == '40.0 (n=1)'
+  assert fb.title.startswith('test FB-IoU')
+  native, warnings = made(root, size='test_native')
+  key = 'nucleus', 'DistillFSS', 'swin_b', '', 5
+  assert cells(native)[key] == '40.0 (n=1)'
+  assert len(warnings) == 4
+  assert all("no scores under 'test_native'" in x for x in warnings)
+
+
+def test_missing_cells_and_their_commands(root):
+  report, _ = made(root)
+  assert len(report.missing) == len(HOLES)
+  for (what, line), name in zip(report.missing, HOLES, strict=True):
+    assert what.startswith('nucleus, ')
+    stem, arg, overrides, folder = flags_of(line)
+    assert (stem, arg, overrides) == ('nucleus', name, {})
+    assert folder == str(root / 'nucleus' / name)
+    config = config_of(line)
+    asked = dict(x.split('=') for x in name.split(','))
+    assert str(config['support']['shots']) == asked['shots']
+    assert str(config['seed']) == asked['seed']
+    assert f'{asked["shots"]} shots, seed {asked["seed"]}' in what
+  text = collect.terminal(report)
+  assert 'missing: 4' in text
+  # The commands, run, would fill the rectangle.
+  for _, line in report.missing:
+    *_, folder = flags_of(line)
+    write(root / 'nucleus' / folder.rsplit('/', 1)[1], config_of(line), 0.5,
+          0.5)  # fmt: skip
+  assert made(root)[0].missing == []
+
+
+def test_commands_repeat_what_was_changed(tmp_path):
+  """A hole's command has the overrides of its row, shell quotes and all."""
+  changes = {
+    'optim.lr': 3e-4, 'optim.trainable': ['A', 'student'],
+    'support.rule': 'random', 'model.init': 'my weights.pt',
+  }  # fmt: skip
+  put(tmp_path, 'shots=5', 0.5, changes={**changes, 'support.seed': 3})
+  put(tmp_path, 'shots=10', 0.5, changes={**changes, 'support.seed': 4})
+  report, _ = made(tmp_path)
+  assert [x.count('support seed 4') for x, _ in report.missing] == [1, 0]
+  line = report.missing[0][1]
+  stem, arg, overrides, folder = flags_of(line)
+  assert stem == 'nucleus'
+  assert dict(x.split('=') for x in arg.split(','))['shots'] == '5'
+  assert overrides == {
+    'optim.lr': '0.0003', 'optim.trainable': "('A', 'student')",
+    'support.rule': 'random', 'support.seed': '4',
+    'model.init': 'my weights.pt',
+  }  # fmt: skip
+  assert re.fullmatch(r'[A-Za-z0-9_.=,+-]+', folder.rsplit('/', 1)[1])
+  assert 'model.init=my_weights.pt' in folder
+  done = subprocess.run(
+    [sys.executable, '-c', PARSE, *shlex.split(line)[3:]],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  config = json.loads(done.stdout)
+  assert config['optim']['trainable'] == ['A', 'student']
+  assert config['support'] == {'shots': 5, 'rule': 'random', 'seed': 4}
+
+
+PARSE = """
+import sys
+from absl import flags
+from ml_collections import config_flags
+config = config_flags.DEFINE_config_file('config')
+flags.DEFINE_string('workdir', '', '')
+flags.FLAGS(sys.argv)
+print(config.value.to_json_best_effort())
+"""
+
+
+def test_the_rectangle_spans_datasets_and_backbones(tmp_path):
+  put(tmp_path, 'shots=5,backbone=swin_b', 0.5)
+  put(tmp_path, 'shots=5,backbone=resnet50', 0.5, stem='kvasir')
+  put(tmp_path, 'smoke', 0.5, stem='demo')
+  report, _ = made(tmp_path)
+  assert [what for what, _ in report.missing] == [
+    'kvasir, DistillFSS, swin_b, 5 shots, seed 0',
+    'nucleus, DistillFSS, resnet50, 5 shots, seed 0',
+  ]
+  names = [config_of(line)['data']['name'] for _, line in report.missing]
+  assert names == ['kvasir', 'nucleus']
+
+
+def test_unlike_runs_are_never_averaged(tmp_path):
+  """Every key of a config but the two seeds splits a row."""
+  base = collect.get_config('nucleus', 'shots=5')
+  skipped = {*collect.NEEDED, 'data.args.split', 'data.args.data_dir'}
+  for key, value in base.items():
+    if key in skipped:
+      continue
+    root = tmp_path / key
+    other = not value if isinstance(value, bool) else f'{value}x'
+    put(root, 'shots=5', 0.4)
+    put(root, 'shots=5', 0.6, name='b', changes={key: other})
+    report, _ = made(root)
+    assert sorted(cells(report)) == [
+      ('nucleus', 'DistillFSS', 'swin_b', f'{key}={x}', 5)
+      for x in sorted(map(str, (value, other)))
+    ]
+    assert set(cells(report).values()) == {'40.0 (n=1)', '60.0 (n=1)'}
+    assert key in collect.terminal(report)
+
+
+def test_rules_datasets_and_students_are_rows(tmp_path):
+  put(tmp_path, 'shots=5', 0.1)
+  put(tmp_path, 'shots=5,student=light', 0.2, 0.3)
+  put(tmp_path, 'shots=10,fold=0', 0.5, stem='industrial')
+  put(tmp_path, 'shots=10,fold=1', 0.6, stem='industrial')
+  report, _ = made(tmp_path)
+  assert cells(report) == {
+    ('industrial fold=0', 'DistillFSS', 'swin_b', '', 10): '50.0 (n=1)',
+    ('industrial fold=1', 'DistillFSS', 'swin_b', '', 10): '60.0 (n=1)',
+    ('nucleus', 'DistillFSS', 'swin_b', '', 5): '10.0 (n=1)',
+    ('nucleus', 'DistillFSS (light)', 'swin_b', '', 5): '20.0 (n=1)',
+    ('nucleus', 'DistillFSS (light) teacher', 'swin_b', '', 5): '30.0 (n=1)',
+  }
+
+
+def test_settings_of_one_row(tmp_path):
+  """Keys that differ along a row, not within a cell, are told."""
+  put(tmp_path, 'shots=5', 0.1)
+  put(tmp_path, 'shots=10', 0.2, changes={'steps': 7})
+  report, _ = made(tmp_path)
+  assert len(report.rows) == 1
+  note = 'steps differs along the row: 2500 at 5 shots, 7 at 10 shots'
+  assert note in report.notes[0]
+  put(tmp_path, 'shots=10', 0.3, name='b', changes={'steps': 8})
+  report, _ = made(tmp_path)
+  assert sorted(x.settings for x in report.rows) == [
+    'steps=2500', 'steps=7', 'steps=8',
+  ]  # fmt: skip
+  header, lines, left = report.table()
+  assert header[left - 1] == 'settings'
+  assert lines[0][left - 1] == 'steps=2500'
+
+
+def test_repeated_runs_count_once(tmp_path):
+  put(tmp_path, 'shots=5', 0.1)
+  put(tmp_path, 'shots=5', 0.2, name='z')
+  report, warnings = made(tmp_path)
+  assert list(cells(report).values()) == ['10.0 (n=1)']
+  assert len(warnings) == 1
+  assert (
+    f'{tmp_path}/nucleus/z repeats {tmp_path}/nucleus/shots=5' in (warnings[0])
+  )
+
+
+def test_unfinished_and_damaged(root, capsys):
+  folder = put(root, HOLES[0], name='begun')
+  assert folder.name == 'begun'
+  config = json.loads((folder / 'config.json').read_text())
+  for name, text in (('half', '{"test": {"stud'), ('list', '[1]')):
+    write(root / name, config, 0.5)
+    (root / name / 'results.json').write_text(text)
+  write(root / 'nan', config, 0.5)
+  (root / 'nan' / 'results.json').write_text(
+    '{"test": {"student": {"miou": NaN}}}'
+  )
+  write(root / 'old', config, 0.5)
+  config['model']['backbone'] = 'swin_b'
+  (root / 'old' / 'config.json').write_text(json.dumps(config))
+  (root / 'alone').mkdir()
+  (root / 'alone' / 'results.json').write_text('{}')
+  (root / 'weights').mkdir()  # of distillfss_jax.convert: no run
+  (root / 'weights' / 'config.json').write_text('{"model": "dcama"}')
+  write(root / 'run' / 'checkpoints' / 'x', config, 0.5)  # not looked into
+  collect.main([str(root)])
+  out, err = capsys.readouterr()
+  warnings = err.splitlines()
+  assert all(line.startswith('warning: ') for line in warnings)
+  assert len(warnings) == 5
+  for name in ('half', 'list', 'nan', 'old', 'alone'):
+    assert sum(f'{root}/{name}/' in line for line in warnings) == 1, name
+  assert 'delete it and run its command again' in err
+  assert 'model.backbone.name is None, not of type str' in err
+  assert 'unfinished: 1' in out
+  assert f'  {folder}\n' in out
+  # It goes on in its own folder.
+  report, _ = made(root)
+  what, line = report.missing[0]
+  assert what.endswith(', unfinished')
+  assert flags_of(line)[3] == str(folder)
+  assert config_of(line) == json.loads((folder / 'config.json').read_text())
+  assert len(report.missing) == 4
+
+
+def failed(capsys, *arguments):
+  with pytest.raises(SystemExit) as caught:
+    collect.main([str(x) for x in arguments])
+  assert str(caught.value.code).startswith('error: ')
+  assert '\n' not in caught.value.code
+  assert not capsys.readouterr().out
+  return caught.value.code
+
+
+def test_errors(root, tmp_path, capsys):
+  assert 'no folder' in failed(capsys, tmp_path / 'nowhere')
+  empty = tmp_path / 'empty'
+  empty.mkdir()
+  said = failed(capsys, empty)
+  line = said.partition('runs are made by: ')[2]
+  assert config_of(line)['name'] == 'nucleus'
+  put(empty, 'shots=5')
+  assert f'1 unfinished: {empty}/nucleus/shots=5' in failed(capsys, empty)
+  said = failed(capsys, root, '--metric', 'nosuch')
+  assert 'none of the 4 finished runs' in said
+  assert 'miou, fb_iou' in said
+  said = failed(capsys, root, '--format', 'html')
+  assert "no format 'html'; there are: terminal, markdown" in said
+  assert 'needs --out' in failed(capsys, root, '--format', 'plot')
+  said = failed(capsys, root, '--paper', '--metric', 'fb_iou')
+  assert 'miou only' in said
+  assert '--help' in failed(capsys, root, '--papers')
+  file = tmp_path / 'file'
+  file.touch()
+  assert 'no folder' in failed(capsys, file)
+
+
+def test_files(root, tmp_path, capsys):
+  out = tmp_path / 'a' / 'tables'
+  collect.main([str(root), '--out', str(out), '--paper'])
+  assert capsys.readouterr().out.startswith(TITLE)
+  assert sorted(x.name for x in out.iterdir()) == [
+    'scores.png', 'table.csv', 'table.md', 'table.tex',
+  ]  # fmt: skip
+  with Image.open(out / 'scores.png') as picture:
+    assert min(picture.size) > 300
+    assert np.asarray(picture.convert('RGB')).std() > 5
+  collect.main([str(root), '--format', 'csv,markdown'])
+  assert TITLE in capsys.readouterr().out
+  only = tmp_path / 'only'
+  collect.main([str(root), '--out', str(only), '--format', 'latex'])
+  assert [x.name for x in only.iterdir()] == ['table.tex']
+  assert not capsys.readouterr().out
+
+
+# The paper.
+
+
+PAPER = collect.load_paper()
+DATASETS = [
+  'nucleus', 'kvasir', 'lung', 'pothole', 'weedmap', 'isic', 'industrial',
+]  # fmt: skip
+SHOTS = {'isic': [9, 15, 30, 60], 'industrial': [10, 20, 40, 80]}
+
+
+def test_the_paper_is_complete():
+  assert list(PAPER['datasets']) == DATASETS
+  tables = {table['source']: table for table in PAPER['tables']}
+  assert list(tables) == ['readme', 'project_page', 'notebook']
+  for table in PAPER['tables']:
+    assert table['selected'] == 'best of a grid on the test set'
+    assert table['from']
+    for row in table['rows']:
+      assert set(row) == {
+        'dataset', 'method', 'backbone', 'shots', 'scores',
+      }  # fmt: skip
+      assert len(row['shots']) == len(row['scores'])
+      assert set(row['shots']) <= {*SHOTS.get(row['dataset'], [5, 10, 25, 50])}
+      assert all(x is None or 0 <= x < 100 for x in row['scores'])
+  assert len(tables['readme']['rows']) == 7 * 3
+  assert len(tables['notebook']['rows']) == 5 * 4
+  keys = {
+    (row['dataset'], row['method'], row['backbone'])
+    for row in tables['project_page']['rows']
+  }
+  methods = {
+    *(('BAM', ''), ('HDMNet', ''), ('LabelAnything', ''), ('PATNet', '')),
+    *(('DMTNet', ''), ('DCAMA', 'resnet50'), ('DCAMA', 'swin_b')),
+    *(('DistillFSS', 'resnet50'), ('DistillFSS', 'swin_b')),
+  }
+  assert keys == {(x, *method) for x in DATASETS for method in methods}
+  assert len(tables['project_page']['rows']) == len(keys)
+  for row in tables['project_page']['rows']:
+    assert row['shots'] == SHOTS.get(row['dataset'], [5, 10, 25, 50])
+    assert None not in row['scores']
+
+
+@pytest.mark.parametrize(
+  ('place', 'score', 'source'),
+  [
+    (('nucleus', 'DistillFSS', 'swin_b', 5), '69.6*', 'readme'),
+    (('nucleus', 'DistillFSS', 'swin_b', 10), '71.2*', 'project_page'),
+    (('nucleus', 'DistillFSS', 'resnet50', 50), '21.1*', 'project_page'),
+    (('nucleus', 'TransferFSS', 'swin_b', 50), '79.4*', 'readme'),
+    (('nucleus', 'TransferFSS', 'swin_b', 10), '79.0*‡', 'notebook'),
+    (('nucleus', 'TransferFSS', 'resnet50', 25), '19.7*‡', 'notebook'),
+    (('kvasir', 'PATNet', '', 25), '49.7*', 'project_page'),
+    (('lung', 'DCAMA', 'resnet50', 10), '0.0*', 'project_page'),
+    (('pothole', 'BAM', '', 50), '2.2*', 'readme'),
+    (('weedmap', 'TransferFSS', 'swin_b', 5), '51.0*', 'readme'),
+    (('isic', 'DistillFSS', 'swin_b', 60), '23.4*†', 'readme'),
+    (('isic', 'TransferFSS', 'resnet50', 15), '15.7*†‡', 'notebook'),
+    (('industrial', 'DistillFSS', 'swin_b', 40), '40.9*†', 'project_page'),
+    (('industrial', 'TransferFSS', 'swin_b', 80), '48.2*†', 'readme'),
+  ],
+)  # fmt: skip
+def test_the_papers_numbers(place, score, source):
+  dataset, method, backbone, shots = place
+  found = collect.published(PAPER, dataset)[method, backbone][shots]
+  assert (str(found), found.source) == (score, source)
+
+
+def test_the_configs_say_the_same():
+  """Two hands wrote the docstrings and the tables."""
+  for dataset in DATASETS:
+    text = importlib.import_module(f'configs.{dataset}').__doc__
+    numbers = set(re.findall(r'\d+\.\d', text))
+    tables = collect.published(PAPER, dataset)
+    for backbone in ('swin_b', 'resnet50'):
+      for cell in tables['DistillFSS', backbone].values():
+        assert collect.tenths(cell.score) in numbers, (dataset, cell)
+
+
+def test_the_paper_as_in_the_spec(shared):
+  text = shared('specs/distillfss.md').read_text()
+  block = re.search(r'## 13.*?```json\n(.*?)```', text, re.S).group(1)
+  page = json.loads(block)['project_page']
+  short = {'resnet50': '_R50', 'swin_b': '_Swin', '': ''}
+  rows = next(
+    t['rows'] for t in PAPER['tables'] if t['source'] == 'project_page'
+  )
+  names = {name.lower(): name for name in page}
+  for row in rows:
+    values = page[names[row['dataset']]]
+    assert values[row['method'] + short[row['backbone']]] == row['scores']
+
+
+def test_halves_go_up():
+  found = [collect.tenths(x) for x in (15.95, 14.35, 0.05, 0.0, 99.949, 100)]
+  assert found == ['16.0', '14.4', '0.1', '0.0', '99.9', '100.0']
+
+
+def test_the_papers_numbers_are_marked(root):
+  report, _ = made(root, paper=True)
+  ours = cells(report)
+  paper = 'nucleus', 'DistillFSS, paper', 'swin_b', ''
+  assert [ours[*paper, x] for x in (5, 10, 25, 50)] == [
+    '69.6*', '71.2*', '68.2*', '80.0*',
+  ]  # fmt: skip
+  methods = [(row.method, row.backbone) for row in report.rows]
+  assert methods[:5] == [
+    ('DistillFSS', 'swin_b'),
+    ('DistillFSS, paper', 'swin_b'),
+    ('DistillFSS teacher', 'swin_b'),
+    ('TransferFSS', 'swin_b'),
+    ('TransferFSS, paper', 'swin_b'),
+  ]
+  assert {x.removesuffix(', paper') for x, _ in methods[5:]} == {
+    'BAM', 'HDMNet', 'LabelAnything', 'PATNet', 'DMTNet', 'DCAMA',
+    'DistillFSS', 'TransferFSS',
+  }  # fmt: skip
+  for row in report.rows:
+    assert row.paper == ('paper' in row.method)
+    assert all(('*' in str(x)) == row.paper for x in row.cells.values())
+  text = collect.terminal(report)
+  notes = [x for x in text.splitlines() if x.startswith(('* ', '† ', '‡ '))]
+  assert [x[0] for x in notes] == ['*', '‡']
+  assert 'best of a grid' in notes[0]
+  assert 'selected on the test set' in notes[0]
+  assert r'69.6\*' in collect.markdown(report)
+  assert r'79.0*$^\ddagger$' in collect.latex(report)
+  lines = list(csv.DictReader(io.StringIO(collect.as_csv(report))))
+  line = next(x for x in lines if x['paper'] == '69.57')
+  assert (line['n'], line['paper_marks'], line['paper_from']) == (
+    '0', '*', 'readme',
+  )  # fmt: skip
+
+
+def test_shots_that_are_counted_otherwise(tmp_path):
+  put(tmp_path, 'shots=9', 0.1, stem='isic')
+  put(tmp_path, 'shots=10,fold=0', 0.1, stem='industrial')
+  put(tmp_path, 'shots=10,fold=1', 0.1, stem='industrial')
+  put(tmp_path, 'shots=5', 0.1, stem='weedmap')
+  report, _ = made(tmp_path, paper=True)
+  paper = {row.dataset for row in report.rows if row.paper}
+  # The paper's is of fold 0.
+  assert paper == {'isic', 'industrial fold=0', 'weedmap'}
+  for row in report.rows:
+    if row.paper:
+      counted = row.dataset != 'weedmap'
+      assert all(('†' in str(x)) == counted for x in row.cells.values())
+  note = next(x for x in report.notes if x.startswith('†'))
+  assert '6/9/21/45 images' in note
+  assert '5/15/30/65 images' in note
+  assert any('weedmap' in x and 'test_native' in x for x in report.notes)
+
+
+def test_missing_cells_of_the_paper(root):
+  """All are named, with commands that give them."""
+  report, _ = made(root, paper=True)
+  wanted = set()
+  for dataset in DATASETS:
+    for (method, backbone), found in collect.published(PAPER, dataset).items():
+      if method in collect.SYSTEMS:
+        wanted |= {(dataset, method, backbone, shots) for shots in found}
+  nucleus = {x for x in wanted if x[0] == 'nucleus' and x[2] == 'swin_b'}
+  lacking = wanted - {
+    x for x in nucleus
+    if x[3] in (5, 10) and x[1:] != ('TransferFSS', 'swin_b', 10)
+  }  # fmt: skip
+  named, folders = set(), set()
+  for what, line in report.missing:
+    dataset, method, backbone, shots = what.split(', ')
+    shots = int(shots.split()[0])
+    named.add((dataset, method, backbone, shots))
+    config = config_of(line)
+    assert config['data']['name'] == dataset
+    assert config['system'] == collect.SYSTEMS[method]
+    assert config['model']['backbone']['name'] == backbone
+    assert config['support']['shots'] == shots
+    assert config['data']['args'].get('fold', 0) == 0
+    ours = dataset == 'nucleus' and backbone == 'swin_b'
+    # As our other runs of the row, or from the paper's teacher.
+    assert config['model']['init'] == ('' if ours else f'dcama_{backbone}')
+    folders.add(flags_of(line)[3])
+  assert named == lacking
+  assert len(folders) == len(report.missing)
+  assert str(root / 'nucleus' / (
+    'method=distill,shots=5,backbone=resnet50,model.init=dcama_resnet50'
+  )) in folders  # fmt: skip
+
+
+def test_starts_at_once():
+  """No JAX: it runs beside jobs, and where there is none."""
+  code = (
+    'import sys; from launch import collect; sys.exit("jax" in sys.modules)'
+  )
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=False)
+  assert done.returncode == 0

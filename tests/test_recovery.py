@@ -1,0 +1,199 @@
+"""One process at a time in a run's folder, and signals that end it well."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from distillfss_jax import recovery
+
+ELSEWHERE = {'host': 'far', 'boot': 'b', 'pid': 7, 'started': '1', 'token': 't'}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+  """Signs of life every 50 ms; dead after 500 without."""
+  monkeypatch.setattr(recovery, 'BEAT', 0.05)
+  monkeypatch.setattr(recovery, 'SILENCE', 0.5)
+
+
+def write(folder, **owner):
+  (folder / 'lock').write_text(json.dumps({**ELSEWHERE, **owner}))
+
+
+def here(**other):
+  """What a lock of this process says."""
+  return {**recovery._me(), **other}
+
+
+def test_a_folder_has_one_owner(tmp_path):
+  with recovery.Lock(tmp_path) as lock:
+    lock.check()
+    said = json.loads((tmp_path / 'lock').read_text())
+    assert said['pid'] == os.getpid()
+    with (
+      pytest.raises(ValueError, match=f'in use by process {os.getpid()} on'),
+      recovery.Lock(tmp_path),
+    ):
+      pass
+  assert not list(tmp_path.iterdir())
+  with recovery.Lock(tmp_path):  # a folder can be locked again
+    pass
+
+
+def test_another_process_of_this_machine(tmp_path):
+  code = (
+    'import sys, time; from distillfss_jax import recovery\n'
+    'with recovery.Lock(sys.argv[1]): print("mine", flush=True); time.sleep(99)'
+  )
+  with subprocess.Popen(
+    [sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE
+  ) as owner:
+    assert owner.stdout.readline() == b'mine\n'
+    with (
+      pytest.raises(ValueError, match=f'process {owner.pid} on .* --workdir'),
+      recovery.Lock(tmp_path),
+    ):
+      pass
+    owner.kill()
+  assert (tmp_path / 'lock').exists()
+  begin = time.monotonic()
+  with recovery.Lock(tmp_path):  # the killed one is known to be dead at once
+    assert time.monotonic() - begin < recovery.SILENCE / 3
+
+
+@pytest.mark.parametrize(
+  'owner',
+  [
+    here(started='12'),  # its number is that of this process by chance
+    here(pid=2**22 + 1),  # no process has it
+    {'host': 'half'},
+  ],
+)
+def test_stale_locks_of_this_machine(tmp_path, owner):
+  (tmp_path / 'lock').write_text(json.dumps(owner))
+  with recovery.Lock(tmp_path):
+    said = json.loads((tmp_path / 'lock').read_text())
+    assert said['token'] != owner.get('token')
+
+
+def test_an_unreadable_lock(tmp_path):
+  (tmp_path / 'lock').write_text('{"host": "fa')
+  with recovery.Lock(tmp_path):
+    pass
+
+
+def test_an_owner_elsewhere_that_lives(tmp_path, quick):
+  write(tmp_path, count=0)
+  ended = threading.Event()
+
+  def live():
+    count = 0
+    while not ended.wait(0.1):
+      count += 1
+      write(tmp_path, count=count)
+
+  thread = threading.Thread(target=live)
+  thread.start()
+  with (
+    pytest.raises(ValueError, match='in use by process 7 on far'),
+    recovery.Lock(tmp_path),
+  ):
+    pass
+  ended.set()
+  thread.join()
+
+
+def test_an_owner_elsewhere_that_is_silent(tmp_path, quick, capsys):
+  write(tmp_path, count=3)
+  # Clocks of machines differ: a time in the future means nothing.
+  os.utime(tmp_path / 'lock', (time.time() + 1e6,) * 2)
+  with recovery.Lock(tmp_path):
+    assert 'looking whether it lives' in capsys.readouterr().err
+    assert json.loads((tmp_path / 'lock').read_text())['pid'] == os.getpid()
+
+
+def test_the_owner_gives_signs_of_life(tmp_path, quick):
+  with recovery.Lock(tmp_path):
+    counts = set()
+    until = time.monotonic() + 5
+    while len(counts) < 3 and time.monotonic() < until:
+      counts.add(json.loads((tmp_path / 'lock').read_text())['count'])
+      time.sleep(0.02)
+  assert len(counts) >= 3
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_taken_over(tmp_path, quick):
+  with recovery.Lock(tmp_path) as lock:
+    write(tmp_path)
+    until = time.monotonic() + 5
+    while not lock._lost and time.monotonic() < until:
+      time.sleep(0.02)
+    with pytest.raises(ValueError, match='was taken over by process 7 on far'):
+      lock.check()
+  assert (tmp_path / 'lock').exists()  # it is the other's
+
+
+def test_of_many_one_takes_a_stale_lock(tmp_path):
+  write(tmp_path, **here(started='12'))
+  barrier, taken, refused = threading.Barrier(8), [], []
+
+  def take():
+    barrier.wait()
+    try:
+      with recovery.Lock(tmp_path):
+        taken.append(1)
+        time.sleep(1)
+    except ValueError:
+      refused.append(1)
+
+  threads = [threading.Thread(target=take) for _ in range(8)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert (len(taken), len(refused)) == (1, 7)
+
+
+def test_a_signal_waits_for_the_step(capsys):
+  with recovery.Stop() as stop, stop.deferred():
+    assert stop.wanted == 0
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.wanted == signal.SIGTERM
+    assert 'SIGTERM: stopping when the step' in capsys.readouterr().err
+    with pytest.raises(recovery.Stopped, match='SIGTERM') as second:
+      signal.raise_signal(signal.SIGTERM)
+  assert second.value.code == 75
+
+
+@pytest.mark.parametrize(
+  ('signum', 'code'), [(signal.SIGTERM, 75), (signal.SIGINT, 130)]
+)
+def test_elsewhere_a_signal_ends_at_once(signum, code):
+  before = signal.getsignal(signum)
+  with recovery.Stop() as stop:
+    with stop.deferred():
+      pass
+    with pytest.raises(recovery.Stopped) as stopped:
+      signal.raise_signal(signum)
+  assert stopped.value.code == code
+  assert signal.getsignal(signum) is before
+
+
+def test_other_threads_hear_no_signals():
+  done = []
+
+  def work():
+    with recovery.Stop() as stop, stop.deferred():
+      done.append(stop.wanted)
+
+  thread = threading.Thread(target=work)
+  thread.start()
+  thread.join()
+  assert done == [0]
