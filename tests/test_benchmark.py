@@ -22,10 +22,11 @@ import test_data_nucleus
 import test_data_pascal
 import test_data_polyp
 import test_data_weedmap
+from conftest import ROOT
 from trees import put
 
 from distillfss_jax import prepare, train
-from distillfss_jax.data import augment, core, episodes, pipeline
+from distillfss_jax.data import augment, core, episodes, pascal, pipeline
 
 
 def deepglobe_tree():
@@ -159,6 +160,22 @@ def test_episodes_are_listed_and_shown(name, prepared):
   )
   assert (batch['labels'] == 1).any((1, 2)).all()
   assert (batch['support_labels'] == 1).any((1, 2, 3)).all()
+
+
+def test_the_readme_reads_episodes(prepared):
+  """Its lines, but on small images and without processes."""
+  text = (ROOT / 'README.md').read_text()
+  code = text.split('```python\n')[1].split('```')[0]
+  code = code.replace("'data'", repr(str(prepared('pascal'))))
+  code = code.replace('473', '33').replace('workers=4', 'workers=0')
+  of_small = functools.partial(pascal.pool, min_area=1)
+  names = {}
+  with mock.patch.object(pascal, 'pool', of_small):
+    exec(code, names)
+  batch = next(iter(names['batches']))
+  assert batch['images'].shape == (8, 33, 33, 3)
+  assert batch['support_labels'].shape == (8, 1, 33, 33)
+  assert names['table'].shape == (1000, 3)
 
 
 def test_others_have_no_episodes(prepared):
