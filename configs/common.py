@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
   """A complete DistillFSS config, locked: an unknown key is an error."""
   config = ConfigDict()
   config.name = 'common'
+  config.task = 'adaptation'  # to a support set | source
   config.system = 'distillfss'  # a file of distillfss_jax/systems
   config.student = 'full'  # full | light | attention
   config.seed = 0  # of initial values, dropout and drawn episodes

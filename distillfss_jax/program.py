@@ -44,10 +44,13 @@ class Program:
   episodes: int
 
 
-def build(config, ways: int, over: jax.sharding.Mesh) -> Program:
+def build(
+  config, ways: int, over: jax.sharding.Mesh, *, streaming: bool = False
+) -> Program:
   """Builds the system of a config and maps its step over devices.
 
-  Nothing is compiled yet: that happens at each function's first call.
+  Nothing is compiled yet: that happens at each function's first call. With
+  `streaming`, a dispatch takes a bank for each step, stacked.
   """
   for name, value, known in (
     ('loss.scale', config.loss.scale, ('reference', 'mean')),
@@ -93,7 +96,7 @@ def build(config, ways: int, over: jax.sharding.Mesh) -> Program:
       static_argnums=3,
     ),
     dispatch=parallel.mapped(
-      functools.partial(_dispatch, sweep), over, donate=(0,)
+      functools.partial(_dispatch, sweep, streaming), over, donate=(0,)
     ),
     roles=system.roles,
     episodes=over.size * micro,
@@ -105,17 +108,21 @@ def variables(state: TrainState) -> dict[str, jax.Array]:
   return {**state.params, **state.frozen, **state.rest}
 
 
-def _dispatch(sweep, state, bank, tables, valid, count):
+def _dispatch(sweep, streaming, state, bank, tables, valid, count):
   """Takes `count` steps; the logs of the others stay zero."""
   sweep = jax.jit(sweep)  # traced once, for its shapes and for the loop
-  _, shapes = jax.eval_shape(sweep, state, bank, tables[0], valid[0])
+
+  def bank_of(i):
+    return jax.tree.map(lambda x: x[i], bank) if streaming else bank
+
+  _, shapes = jax.eval_shape(sweep, state, bank_of(0), tables[0], valid[0])
   logs = jax.tree.map(
     lambda x: jnp.zeros((len(tables), *x.shape), x.dtype), shapes
   )
 
   def step(i, carry):
     state, logs = carry
-    state, log = sweep(state, bank, tables[i], valid[i])
+    state, log = sweep(state, bank_of(i), tables[i], valid[i])
     return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), logs, log)
 
   return jax.lax.fori_loop(0, count, step, (state, logs))

@@ -38,6 +38,7 @@ from distillfss_jax import (
   train,
 )
 from distillfss_jax.models import distilled
+from distillfss_jax.tasks import adaptation
 from distillfss_jax.types import Support, TrainState
 
 WHAT = ('backbone', 'teacher', 'student', 'train')
@@ -234,7 +235,7 @@ class _Bench:
     labels = self.random.integers(0, self.ways + 1, images.shape[:3])
     bank = compiled.bank(variables, images, labels)
     state = compiled.start(variables)
-    rows, valid = train.episode_tables(config, np.asarray(bank.present))(0)
+    rows, valid = adaptation.episode_tables(config, np.asarray(bank.present))(0)
     more = -len(rows) % compiled.episodes
     inputs = (
       parallel.replicate(state, over),

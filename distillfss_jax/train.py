@@ -30,30 +30,17 @@ from distillfss_jax import (
   program,
   recovery,
   report,
+  tasks,
   writer,
 )
-from distillfss_jax.data import core, pipeline
-from distillfss_jax.data import support as support_lib
-from distillfss_jax.evaluators import brightness, fewshot
 from distillfss_jax.ops.metrics import Confusion
-from distillfss_jax.systems.base import masks_of
-from distillfss_jax.types import Support
 
 PATIENCE = 10.0  # seconds a dispatch may take before the terminal hears of it
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-  """A dataset and the support drawn from it."""
-
-  dataset: core.Dataset
-  support: pipeline.SupportSet
-  present: np.ndarray  # [M, n] bool
-
-
 def run(config, workdir: str | os.PathLike) -> dict:
-  """Adapts a system to a support set and scores it; returns the results.
+  """Trains what a config says, and scores it; returns the results.
 
   Args:
     config: see `configs/common.py`.
@@ -77,10 +64,9 @@ def _run(config, workdir, stop):
   if _on_first(results.exists()):
     logging.info('%s is finished: %s holds its scores', workdir, results)
     return json.loads(results.read_text())
-  data = load_data(config)
-  tables = episode_tables(config, data.present)
+  task = tasks.build(config)
   over = parallel.mesh()
-  compiled = program.build(config, len(data.dataset.classes), over)
+  compiled = program.build(config, task.ways, over, streaming=task.streaming)
   initial = compiled.draw()
   # What is wrong with files of weights is said before there is a folder; a run
   # that goes on has no need of them.
@@ -99,9 +85,9 @@ def _run(config, workdir, stop):
     last.callback(out.close)
     if not found:
       out.write_hparams(hparams(config))
-    return _Job(
-      config, workdir, data, tables, over, compiled, saver, out, stop, lock
-    ).run(initial, found, begin)
+    task.connect(compiled, over, workdir, out)
+    job = _Job(config, workdir, task, over, compiled, saver, out, stop, lock)
+    return job.run(initial, found, begin)
 
 
 def _on_first(value):
@@ -130,47 +116,13 @@ def hparams(config) -> dict:
   }
 
 
-def load_data(config) -> Data:
-  """The dataset of a config and its support set, checked against each other."""
-  dataset = core.load(config.data.name, **config.data.args)
-  indices, ids = support_lib.choose(
-    dataset, config.support.shots, config.support.seed, config.support.rule
-  )
-  support = pipeline.load_support(dataset, indices, config.data.image_size)
-  ways = len(dataset.classes)
-  present = np.stack(
-    [(support.labels == way).any((1, 2)) for way in range(1, ways + 1)], -1
-  )
-  for way, name in enumerate(dataset.classes):
-    if not present[:, way].any():
-      raise ValueError(
-        f'class {name!r} has no pixel left in the support {list(ids)} at '
-        f'data.image_size={config.data.image_size}: take larger images, more '
-        'shots or another support.seed'
-      )
-  return Data(dataset, support, present)
-
-
-def episode_tables(config, present: np.ndarray):
-  """What gives the (table, valid) of a step: the episodes of a config."""
-  episodes = config.episodes
-  return support_lib.episode_tables(
-    present,
-    kind=episodes.kind,
-    subsample=episodes.subsample or None,
-    seed=config.seed,
-    draws=episodes.draws or None,
-  )
-
-
 @dataclasses.dataclass
 class _Job:
   """A run under way: what its parts share."""
 
   config: object
   workdir: pathlib.Path
-  data: Data
-  tables: object
+  task: object
   over: jax.sharding.Mesh
   compiled: program.Program
   saver: checkpoint.Checkpointer
@@ -179,31 +131,24 @@ class _Job:
   lock: recovery.Lock | None  # process 0's
 
   def run(self, initial, found, begin):
-    config, data = self.config, self.data
-    self._write_ids()
-    self._show_support()
-    roles = self.compiled.roles
-    evaluator = fewshot.FewShot(
-      data.dataset,
-      self.compiled.predict,
-      image_size=config.data.image_size,
-      batch_size=config.eval.batch_size,
-      native=config.eval.native,
-      workers=config.data.workers,
-    )
+    config, task = self.config, self.task
+    if jax.process_index() == 0:
+      files.write_atomically(
+        self.workdir / 'ids.json', json.dumps(task.ids(), indent=2) + '\n'
+      )
+      task.show_begin()
     state = self.compiled.start(initial)
     extra = {'references': {}, 'seconds': {}}
     if found:
       state, extra = found.state, found.extra
       logging.info('goes on from step %d', found.step)
     else:
-      extra['references'] = self._references(evaluator, state)
+      extra['references'] = task.references(state)
     state = parallel.replicate(state, self.over)
     clock = {'start': time.monotonic() - begin}
-    state = self._adapt(state, found, extra, evaluator, clock)
+    state = self._loop(state, found, extra, clock)
     begin_test = time.monotonic()
-    show = self._to_show()
-    scored = self._test(evaluator, state, roles, show=show)
+    scored = task.test(state, show=task.to_show())
     clock['test'] = time.monotonic() - begin_test
     seconds = {
       name: clock.get(name, 0) + extra['seconds'].get(name, 0)
@@ -212,7 +157,7 @@ class _Job:
     results = {
       'name': config.name,
       'steps': config.steps,
-      **scored.scores(data.dataset.classes),
+      **scored.scores(task.classes),
       'references': extra['references'],
       'test_images': scored.images,
       'test_images_per_second': scored.images / scored.seconds,
@@ -223,18 +168,16 @@ class _Job:
     self._conclude(results, scored)
     return results
 
-  def _adapt(self, state, found, extra, evaluator, clock):
+  def _loop(self, state, found, extra, clock):
     """The loop: dispatches of steps, between them whatever is due."""
     config = self.config
-    iterator = iter(
-      pipeline.step_tables(self.tables, steps=config.steps, per_dispatch=1)
-    )
+    iterator = iter(self.task.steps())
     if found:
       iterator.set_state(found.data_state)
     step = int(state.step)
     if step >= config.steps:
       return state
-    bank = self._bank(state)
+    self.task.begin(state)
     progress = None
     begin = time.monotonic()
     per_dispatch = min(config.log_every, config.steps)
@@ -249,8 +192,7 @@ class _Job:
       self.saver.save(step, state, iterator, kept)
 
     def test():
-      scored = self._test(evaluator, state, self.compiled.roles)
-      self._write_scores(step, scored)
+      self._write_scores(step, self.task.test(state))
       extra['tested'] = step
 
     if step and self._tests_at(step) and extra.get('tested') != step:
@@ -258,9 +200,10 @@ class _Job:
     while step < config.steps:
       with self.stop.deferred():
         count = self._count(step, pace, per_dispatch)
-        tables, valid = self._take(iterator, count, per_dispatch)
+        taken = [next(iterator) for _ in range(count)]
         begin_step = time.monotonic()
-        state, log = self.compiled.dispatch(state, bank, tables, valid, count)
+        inputs = self.task.arguments(taken, per_dispatch)
+        state, log = self.compiled.dispatch(state, *inputs, count)
         log = jax.device_get(parallel.local(log))
         elapsed = time.monotonic() - begin_step
         step += count
@@ -311,61 +254,6 @@ class _Job:
     said = parallel.gather(np.array([pace or 0.0, self.stop.wanted]))
     return said[0, 0] or None, int(said[:, 1].max())
 
-  def _take(self, iterator, count, size):
-    """The next `count` tables, padded to the program's shapes."""
-    taken = [next(iterator) for _ in range(count)]
-    tables = np.concatenate([x['table'] for x in taken])
-    valid = np.concatenate([x['valid'] for x in taken])
-    unit = self.compiled.episodes
-    more = -tables.shape[1] % unit
-    tables = np.pad(tables, ((0, size - count), (0, more), (0, 0)))
-    valid = np.pad(valid, ((0, size - count), (0, more)))
-    return tables, valid
-
-  def _bank(self, state):
-    support = self.data.support
-    return parallel.replicate(
-      jax.device_get(
-        self.compiled.bank(
-          parallel.local(program.variables(state)),
-          support.images,
-          support.labels.astype(np.int32),
-        )
-      ),
-      self.over,
-    )
-
-  def _memory(self, variables):
-    support = self.data.support
-    labels = support.labels.astype(np.int32)
-    return self.compiled.memorize(
-      variables,
-      Support(
-        images=support.images[None],
-        masks=masks_of(labels, len(self.data.dataset.classes))[None],
-        present=self.data.present[None],
-      ),
-    )
-
-  def _test(self, evaluator, state, roles, **kwargs):
-    variables = parallel.local(program.variables(state))
-    memory = self._memory(variables) if 'teacher' in roles else None
-    return evaluator.run(variables, memory, roles, **kwargs)
-
-  def _references(self, evaluator, state):
-    """Scores of what the run starts from, where the config asks for them."""
-    config, data, found = self.config, self.data, {}
-    classes = data.dataset.classes
-    if config.eval.untrained:
-      scored = self._test(evaluator, state, self.compiled.roles)
-      found['untrained'] = scored.scores(classes)['test']
-    if config.eval.brightness:
-      confusion = brightness.score(
-        data.dataset, data.support, image_size=config.data.image_size
-      )
-      found['brightness'] = confusion.scores(classes)
-    return found
-
   def _log(self, step, logs, speed):
     logs = jax.tree.map(lambda *x: np.concatenate(x), *logs)
     scalars = {'train/loss': logs['loss'].mean()}
@@ -381,7 +269,7 @@ class _Job:
     self.out.write_scalars(step, {k: float(v) for k, v in scalars.items()})
 
   def _write_scores(self, step, scored):
-    for size, roles in scored.scores(self.data.dataset.classes).items():
+    for size, roles in scored.scores(self.task.classes).items():
       for role, scores in roles.items():
         self.out.write_scalars(
           step,
@@ -391,41 +279,12 @@ class _Job:
           },
         )
 
-  def _write_ids(self):
-    if jax.process_index():
-      return
-    ids = {
-      'support': list(self.data.support.ids),
-      'test': list(self.data.dataset.test.ids),
-    }
-    files.write_atomically(
-      self.workdir / 'ids.json', json.dumps(ids, indent=2) + '\n'
-    )
-
-  def _show_support(self):
-    if jax.process_index():
-      return
-    support, dataset = self.data.support, self.data.dataset
-    picture = report.support_panel(
-      support.images,
-      support.labels,
-      names=[id_[:12] for id_ in support.ids],
-      palette=dataset.palette,
-    )
-    report.save(self.workdir / 'panels' / 'support.png', picture)
-    self.out.write_images(0, {'support': picture[None]})
-
-  def _to_show(self):
-    total = len(self.data.dataset.test)
-    count = min(self.config.eval.panels, total)
-    return [int(i) for i in np.linspace(0, total - 1, count)] if count else []
-
   def _conclude(self, results, scored):
     """Writes pictures, curves and, last, the results: the run is finished."""
     self._write_scores(self.config.steps, scored)
     if jax.process_index():
       return
-    self._show_tests(scored)
+    self.task.show_end(scored)
     self.out.flush()
     report.curves(
       self.workdir / 'metrics.jsonl', self.workdir / 'panels' / 'curves.png'
@@ -434,40 +293,6 @@ class _Job:
     logging.info(
       'scores on %d test images:\n%s', scored.images, score_table(results)
     )
-
-  def _show_tests(self, scored):
-    dataset = self.data.dataset
-    indices = tuple(sorted(scored.shown))
-    if not indices:
-      return
-    size = self.config.data.image_size
-    records = pipeline.load_support(
-      dataclasses.replace(dataset, train=dataset.test), indices, size
-    )
-    pictures = []
-    classes = 1 + len(dataset.classes)
-    for i, index in enumerate(indices):
-      truth, answers = records.labels[i], {}
-      for role in ('teacher', 'student'):
-        if role in scored.shown[index]:
-          label = scored.shown[index][role]
-          answers[role] = label, _iou(truth, label, classes)
-      pictures.append(
-        report.query_panel(
-          records.images[i],
-          truth,
-          answers,
-          name=records.ids[i][:12],
-          palette=dataset.palette,
-        )
-      )
-      report.save(
-        self.workdir / 'panels' / f'test_{index:04d}.png', pictures[-1]
-      )
-    for index, picture in zip(indices, pictures, strict=True):
-      self.out.write_images(
-        self.config.steps, {f'test/{index:04d}': picture[None]}
-      )
 
 
 def _pack(logs):
@@ -615,16 +440,6 @@ def _overview(variables, compiled, config):
   total = params.count(state.params) + params.count(state.frozen)
   rows.append(('all', config.system, f'{total:,}'))
   return report.table(rows, ('part', 'is', 'parameters'))
-
-
-def _iou(truth, label, classes):
-  confusion = Confusion.empty(classes)
-  index = truth.astype(int) * classes + label
-  index = index[truth < classes]
-  confusion.add(
-    np.bincount(index, minlength=classes**2).reshape(classes, classes)
-  )
-  return confusion.miou
 
 
 def _versions():

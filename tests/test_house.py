@@ -43,9 +43,10 @@ FLOORS = {
   'models': 3,
   **dict.fromkeys(('systems', 'weights'), 4),
   **dict.fromkeys(('program', 'evaluators'), 5),
-  'train': 6,
+  'tasks': 6,
+  'train': 7,
 }  # fmt: skip
-TOP = 7
+TOP = 8
 
 # Floors alone would allow these.
 APART = {
