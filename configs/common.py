@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
   """A complete DistillFSS config, locked: an unknown key is an error."""
   config = ConfigDict()
   config.name = 'common'
-  config.task = 'adaptation'  # to a support set | source
+  config.task = 'adaptation'  # to a support set | source: of episodes
   config.system = 'distillfss'  # a file of distillfss_jax/systems
   config.student = 'full'  # full | light | attention
   config.seed = 0  # of initial values, dropout and drawn episodes
@@ -35,6 +35,16 @@ def get_config() -> ConfigDict:
   config.episodes.subsample = 1  # shots of an episode; 0 for all others
   config.episodes.draws = 0  # episodes of a step; 0 for one per support image
 
+  # Of task 'source': the shots of an episode are support.shots.
+  config.source = ConfigDict()
+  config.source.rule = 'pair'  # how episodes are found: pair | image | class
+  config.source.recipe = 'none'  # augmentation of the query, see augment.py
+  config.source.support_recipe = 'none'
+  config.source.batch_size = 2  # episodes of a step, over all processes
+  config.source.tests = 1000  # episodes to test on
+  config.source.test_rule = 'pair'
+  config.source.test_seed = 0
+
   config.model = ConfigDict()
   config.model.init = ''  # where its weights come from; see weights.py
   config.model.dont_load = ()  # regex: what of those files, or here, stays out
@@ -55,14 +65,18 @@ def get_config() -> ConfigDict:
   config.loss.teacher = 1 / 3  # weights of the three terms
   config.loss.student = 1 / 3
   config.loss.coarse = 1 / 3
+  config.loss.logits = 0.5  # weights of the two terms of source training
+  config.loss.maps = 2.0
   config.loss.detach = False  # whether coarse maps only pull the student
   config.loss.scale = 'reference'  # sum over episodes / 3 | mean
 
   config.optim = ConfigDict()
+  config.optim.name = 'adamw'  # | sgd, with Nesterov's momentum
   config.optim.lr = 1e-3
   config.optim.schedule = 'constant'  # | cosine, to 0 at the last step
   config.optim.b1 = 0.9
   config.optim.b2 = 0.999
+  config.optim.momentum = 0.9  # sgd's
   config.optim.weight_decay = 0.01
   config.optim.trainable = (
     'D',

@@ -4,9 +4,9 @@
     python -m distillfss_jax.main --config configs/evican.py:shots=8
 
 Arguments after the colon: see `common.ARGUMENTS`. The paper's tables leave it
-out, and there is no published score: these are the settings that the original's
-configuration has for it, which cannot be run as it is. Where the original
-chooses the images itself, it draws them anew in each run; here
+out, and there is no published score: steps and shots are those that the
+original's configuration has for it, which cannot be run as it is. Its 8 images
+are listed there by their ids, or drawn anew in each run; here
 --config.support.seed draws them, always the same.
 """
 

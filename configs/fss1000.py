@@ -10,7 +10,8 @@ class are the shots, 6..10 are tested.
 The paper has no such experiment: settings are those of configs/kvasir.py, and
 there is no published score of DistillFSS. Another method's, in episodes over
 the classes for validation: IFA ResNet-50 80.1 (1 shot) and 82.4 (5 shots), a
-mean over background and one class made of all, at 400x400.
+mean over background and one class made of all, at 400x400, of a model tuned on
+some of these classes and the best epoch on these episodes.
 """
 
 from configs import common

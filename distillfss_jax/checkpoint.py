@@ -147,7 +147,9 @@ class Checkpointer:
         than `state`, or was saved by another number of processes.
     """
     self.wait()
+    # Those that process 0 sees: folders may reach the others late.
     steps = sorted(self._manager.all_steps(), reverse=True)
+    steps = json.loads(_gather(json.dumps(steps))[0])
     for step in steps:
       reason = ''
       try:

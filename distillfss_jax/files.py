@@ -1,5 +1,6 @@
 """Writing a file whole or not at all."""
 
+import contextlib
 import os
 import pathlib
 import tempfile
@@ -28,5 +29,6 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
     os.chmod(name, path.stat().st_mode if path.exists() else 0o644)
     os.replace(name, path)
   except BaseException:
-    os.unlink(name)
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(name)
     raise

@@ -5,17 +5,26 @@ its folder, --workdir, by default runs/<config>-<time>.
 """
 
 import itertools
+import multiprocessing
 import os
 import pathlib
+import re
 import runpy
 import sys
 import time
+import traceback
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from distillfss_jax import parallel, recovery, train
+
+# How JAX and its transports speak of another process that does not answer.
+_LOST = re.compile(
+  r'(?i)gloo|nccl|coordination|heartbeat|connection|socket|UNAVAILABLE|'
+  r'DEADLINE_EXCEEDED|ABORTED'
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'The experiment: a file, and arguments after a colon.'
@@ -60,25 +69,35 @@ def main(argv):
   jax.config.update('jax_compilation_cache_dir', str(cache))
   finished = (workdir / 'results.json').exists()
   try:
-    if together:
+    # A finished run needs nobody: others may be gone already.
+    if together and not finished:
       parallel.start(
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
       )
     results = train.run(config, workdir)
+  except recovery.InUseError as error:
+    _leave(recovery.IN_USE, f'error: {error}')
+  except ConnectionError as error:
+    _leave(recovery.AGAIN, f'error: {error}')
   except (ValueError, TypeError, OSError) as error:
     _leave(1, f'error: {error}')
   except recovery.Stopped as stopped:
     again = f'the same command with --workdir {workdir} goes on'
     _leave(stopped.code, f'stopped by {stopped}: {again}')
-  except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1 or 'RESOURCE_EXHAUSTED' in str(error):
+  except Exception as error:
+    if not parallel.started():
       raise
-    _leave(
-      recovery.AGAIN,
-      'error: another process of this run was lost, and this one ends with it '
-      f'({str(error).splitlines()[0][:200]}). Start all of them again with '
-      f'--workdir {workdir}: the run goes on from its newest checkpoint',
-    )
+    traceback.print_exc()
+    if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(
+      str(error)
+    ):
+      _leave(
+        recovery.AGAIN,
+        'error: another process of this run was lost, and this one ends with '
+        f'it ({str(error).splitlines()[0][:200]}). Start all of them again '
+        f'with --workdir {workdir}: the run goes on from its newest checkpoint',
+      )
+    _leave(1, f'error: {type(error).__name__}: {str(error)[:200]}')
   if finished:
     print(f'{workdir} holds a finished run: nothing is left to do')
   if jax.process_index() == 0:
@@ -93,6 +112,8 @@ def _leave(code, line):
   print(line, file=sys.stderr, flush=True)
   if parallel.started():
     # The orderly way waits minutes for processes that may be gone.
+    for worker in multiprocessing.active_children():
+      worker.kill()
     os._exit(code)
   sys.exit(code)
 

@@ -64,21 +64,35 @@ def schedule(config, steps: int) -> optax.Schedule:
 def build(
   config, paths: Iterable[str], steps: int
 ) -> optax.GradientTransformation:
-  """AdamW on {path: array}; students of ways that were not seen stand still.
+  """The optimiser of {path: array}; students of unseen ways stand still.
 
   Its update takes `seen` [n] bool: which ways occurred in the step.
+
+  Raises:
+    ValueError: `config.name` is not known.
   """
-  adamw = optax.adamw(
-    schedule(config, steps),
-    b1=config.b1,
-    b2=config.b2,
-    weight_decay=config.weight_decay,
-  )
+  rate = schedule(config, steps)
+  optimisers = {
+    'adamw': lambda: optax.adamw(
+      rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay
+    ),
+    # As torch has it: the decay is part of the gradient.
+    'sgd': lambda: optax.chain(
+      optax.add_decayed_weights(config.weight_decay),
+      optax.sgd(rate, momentum=config.momentum, nesterov=True),
+    ),
+  }
+  if config.name not in optimisers:
+    raise ValueError(
+      f'config.optim.name is {config.name!r}; there are: '
+      f'{", ".join(optimisers)}'
+    )
+  chosen = optimisers[config.name]()
   kinds = {
     path: 'student' if path.startswith('student/') else 'shared'
     for path in paths
   }
-  known = {'shared': adamw, 'student': _per_way(adamw)}
+  known = {'shared': chosen, 'student': _per_way(chosen)}
   return optax.partition(
     {k: known[k] for k in sorted(set(kinds.values()))}, kinds
   )

@@ -1,6 +1,8 @@
 """Devices and processes: the mesh, a program mapped over it, agreement."""
 
-from collections.abc import Callable
+import socket
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +32,7 @@ def start(
 
   Raises:
     ValueError: what is missing cannot be found out.
+    ConnectionError: process 0 is not there.
   """
   given = {
     '--coordinator': coordinator,
@@ -47,6 +50,8 @@ def start(
       f'--process_id must be 0..{num_processes - 1} (--num_processes is '
       f'{num_processes}), got {process_id}'
     )
+  if process_id:
+    _wait_for(coordinator)
   # SIGTERM is ours: the loop agrees on the step after which to stop.
   jax.config.update('jax_enable_preemption_service', False)
   try:
@@ -62,6 +67,24 @@ def start(
       f'the processes of this run do not find each other ({error}): give '
       f'{", ".join(given)} of each, and all of them the same coordinator'
     ) from error
+
+
+def _wait_for(coordinator):
+  """Waits until process 0 listens: JAX would abort without a word of ours."""
+  host, _, port = coordinator.rpartition(':')
+  if not (host and port.isdecimal()):
+    raise ValueError(f'--coordinator must be host:port, got {coordinator!r}')
+  until = time.monotonic() + START
+  while True:
+    try:
+      socket.create_connection((host, int(port)), timeout=5).close()
+      return
+    except OSError as error:
+      if time.monotonic() > until:
+        raise ConnectionError(
+          f'no answer of process 0 at {coordinator} within {START} s ({error})'
+        ) from error
+      time.sleep(1)
 
 
 def started() -> bool:
@@ -120,8 +143,46 @@ def share(tree: Any, over: Mesh) -> Any:
   return jax.device_put(tree, NamedSharding(over, PartitionSpec(AXIS)))
 
 
+def share_steps(tree: Any, over: Mesh) -> Any:
+  """Cuts the second axis of host arrays over all devices of all processes.
+
+  Each process gives its own part of that axis.
+  """
+  place = NamedSharding(over, PartitionSpec(None, AXIS))
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(place, x), tree
+  )
+
+
 def local(tree: Any) -> Any:
   """The process-local copy of replicated arrays."""
   return jax.tree.map(
     lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree
   )
+
+
+def gather_maps(
+  shown: dict[int, dict[str, np.ndarray]],
+  roles: Sequence[str],
+  show: Sequence[int],
+  size: int,
+) -> dict[int, dict[str, np.ndarray]]:
+  """The label maps that all processes together have; all must ask.
+
+  Args:
+    shown: {test: {role: uint8 [size, size]}} that this process has.
+    roles: of each test.
+    show: the tests that some process has.
+    size: of the maps.
+  """
+  maps = np.zeros((len(show), len(roles), size, size), np.uint8)
+  seen = np.zeros(len(show), bool)
+  for i, index in enumerate(show):
+    if index in shown:
+      seen[i] = True
+      maps[i] = [shown[index][role] for role in roles]
+  maps, seen = gather(maps), gather(seen)
+  return {
+    index: dict(zip(roles, maps[seen[:, i].argmax(), i], strict=True))
+    for i, index in enumerate(show)
+  }

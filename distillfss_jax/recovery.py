@@ -19,14 +19,23 @@ import uuid
 from distillfss_jax import files
 
 AGAIN = os.EX_TEMPFAIL  # 75: saved; the same command goes on
+IN_USE = os.EX_UNAVAILABLE  # 69: another process is at work in the folder
 INTERRUPTED = 128 + signal.SIGINT
 LOCK = 'lock'
+ECHO = 2.0  # seconds in which a signal's repetition is the same signal
 BEAT = 10.0  # seconds between an owner's signs of life
 SILENCE = 45.0  # without any, an owner on another host is taken for dead
 
 
-class Stopped(Exception):  # noqa: N818  (not an error: it was asked for)
+class InUseError(ValueError):
+  """Another process is at work in the folder."""
+
+
+class Stopped(BaseException):
   """A run was asked to stop, by the signal of this number."""
+
+  # Like KeyboardInterrupt it passes by whoever handles any Exception: to the
+  # reader of checkpoints it would be a damaged one.
 
   def __init__(self, signum):
     super().__init__(signal.Signals(signum).name)
@@ -49,6 +58,7 @@ class Stop:
     self.wanted = 0
     self._deferred = False
     self._before = {}
+    self._since = -1.0
 
   def __enter__(self):
     if threading.current_thread() is threading.main_thread():
@@ -71,15 +81,16 @@ class Stop:
 
   def _hear(self, signum, frame):
     del frame
+    # Schedulers and scripts may each pass on the same signal.
+    if self.wanted and time.monotonic() - self._since < ECHO:
+      return
     if not self._deferred or self.wanted:
       raise Stopped(signum)
-    self.wanted = signum
-    print(
-      f'{signal.Signals(signum).name}: stopping when the step under way is '
-      'done and saved; once more stops at once',
-      file=sys.stderr,
-      flush=True,
-    )
+    self.wanted, self._since = signum, time.monotonic()
+    name = signal.Signals(signum).name
+    line = f'{name}: stopping when the step under way is done and saved; once '
+    with contextlib.suppress(OSError):  # print could be in the middle of a line
+      os.write(2, f'{line}more stops at once\n'.encode())
 
 
 class Lock:
@@ -103,13 +114,13 @@ class Lock:
     """Takes the folder.
 
     Raises:
-      ValueError: another process is at work in it.
-      OSError: the lock cannot be written.
+      InUseError: another process is at work in it.
+      OSError: the lock cannot be read or written.
     """
     while not self._create():
       owner = self._other()
       if owner is not None and self._lives(owner):
-        raise ValueError(
+        raise InUseError(
           f'{self._path.parent} is in use by process {owner["pid"]} on '
           f'{owner["host"]}: wait for it, stop it, or give another --workdir. '
           f'(If it is dead, remove {self._path})'
@@ -122,14 +133,15 @@ class Lock:
   def __exit__(self, *error):
     self._ended.set()
     self._thread.join(BEAT)
-    if (_owner(self._path) or {}).get('token') == self._mine['token']:
-      self._path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      if (_owner(self._path) or {}).get('token') == self._mine['token']:
+        self._path.unlink(missing_ok=True)
 
   def check(self):
-    """Raises ValueError where another process has taken the folder."""
+    """Raises InUseError where another process has taken the folder."""
     if self._lost:
       owner = _owner(self._path) or {'pid': '?', 'host': '?'}
-      raise ValueError(
+      raise InUseError(
         f'{self._path.parent} was taken over by process {owner["pid"]} on '
         f'{owner["host"]} while this one gave no sign of life: this one ends'
       )
@@ -172,13 +184,13 @@ class Lock:
   def _beat(self):
     count = 0
     while not self._ended.wait(BEAT):
-      owner = _owner(self._path)
-      if owner is not None and owner.get('token') != self._mine['token']:
-        self._lost = True
-        return
-      count += 1
       # A file system that fails for a while is no reason to give up.
       with contextlib.suppress(OSError):
+        owner = _owner(self._path)
+        if owner is not None and owner.get('token') != self._mine['token']:
+          self._lost = True
+          return
+        count += 1
         files.write_atomically(self._path, self._text(count))
 
   def _lives(self, owner):
@@ -203,10 +215,18 @@ def _me():
   """Who this process is, also among those that reuse its number."""
   return {
     'host': socket.gethostname(),
-    'boot': _read('/proc/sys/kernel/random/boot_id'),
+    'boot': _read('/proc/sys/kernel/random/boot_id') + _namespace(),
     'pid': os.getpid(),
     'started': _started(os.getpid()),
   }
+
+
+def _namespace():
+  """In which container: each numbers its own processes."""
+  try:
+    return f' {os.readlink("/proc/self/ns/pid")}'
+  except OSError:
+    return ''
 
 
 def _started(pid):
@@ -233,9 +253,9 @@ def _read(path):
 
 
 def _owner(path):
-  """What a lock says; None where it is gone or cannot be read."""
+  """What a lock says; None where it is gone or not whole."""
   try:
     owner = json.loads(path.read_text())
     return owner if {'host', 'boot', 'pid', 'started'} <= set(owner) else None
-  except (OSError, ValueError, TypeError):
+  except (FileNotFoundError, ValueError, TypeError):
     return None

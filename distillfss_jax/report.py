@@ -351,9 +351,6 @@ def write_results(workdir: str | os.PathLike, results: Mapping) -> None:
   """
   plain = _plain(results, 'results')
   workdir = pathlib.Path(workdir)
-  files.write_atomically(
-    workdir / 'results.json', json.dumps(plain, indent=2) + '\n'
-  )
   simple = {k: v for k, v in plain.items() if not isinstance(v, dict)}
   parts = ['# Results']
   if simple:
@@ -362,6 +359,10 @@ def write_results(workdir: str | os.PathLike, results: Mapping) -> None:
     if isinstance(value, dict) and value:
       parts += [f'## {name}', _section(value)]
   files.write_atomically(workdir / 'results.md', '\n\n'.join(parts) + '\n')
+  # Last: whoever sees it takes the run for finished.
+  files.write_atomically(
+    workdir / 'results.json', json.dumps(plain, indent=2) + '\n'
+  )
 
 
 def _differs(label, distance):

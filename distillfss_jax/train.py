@@ -63,7 +63,9 @@ def _run(config, workdir, stop):
   _check_same(config, workdir)
   if _on_first(results.exists()):
     logging.info('%s is finished: %s holds its scores', workdir, results)
-    return json.loads(results.read_text())
+    # Other processes may not see it yet, and nobody asks them.
+    first = jax.process_index() == 0
+    return json.loads(results.read_text()) if first else {}
   task = tasks.build(config)
   over = parallel.mesh()
   compiled = program.build(config, task.ways, over, streaming=task.streaming)
@@ -165,6 +167,8 @@ class _Job:
       'versions': _versions(),
       'device': jax.devices()[0].device_kind,
     }
+    if self.lock:
+      self.lock.check()
     self._conclude(results, scored)
     return results
 
@@ -184,6 +188,7 @@ class _Job:
     pace, logs = None, _unpack(extra.pop('pending', None))
 
     def save():
+      self.out.flush()  # what is saved is also told
       seconds = {
         'start': clock['start'] + extra['seconds'].get('start', 0),
         'adapt': time.monotonic() - begin + extra['seconds'].get('adapt', 0),
@@ -224,12 +229,19 @@ class _Job:
           self.saver.wait()
           logging.info('stopped at step %d: the same command goes on', step)
           raise recovery.Stopped(wanted)
+        if (
+          step % config.checkpoint_every == 0
+          or self._tests_at(step)
+          or step == config.steps
+        ):
+          save()
       if self._tests_at(step):
         test()
-      with self.stop.deferred():
-        if step % config.checkpoint_every == 0 or step == config.steps:
-          save()
-    self.saver.wait()
+    with self.stop.deferred():
+      self.saver.wait()
+      _, wanted = self._agree(pace)
+      if wanted:
+        raise recovery.Stopped(wanted)
     clock['adapt'] = time.monotonic() - begin
     return state
 
@@ -368,9 +380,8 @@ def _claimed(config, workdir):
     last.callback(_end_log)
     try:
       yield lock
-    except Exception as error:
-      if not isinstance(error, recovery.Stopped):
-        logging.info('where it failed', exc_info=True)
+    except Exception:
+      logging.info('where it failed', exc_info=True)
       raise
 
 
@@ -395,6 +406,7 @@ def _writing(workdir):
 
 def _begin_log(workdir):
   with _writing(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)  # so that NFS looks again
     handler = logging.get_absl_handler()
     _end_log()
     handler.use_absl_log_file('log', str(workdir))

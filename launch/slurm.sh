@@ -35,17 +35,26 @@ newest() {
 
 # Time is nearly up: all processes are asked to save. With a signal, scancel
 # tells the steps and does not end the job.
-trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+trap 'waiting=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
 step=$(newest)
-srun --kill-on-bad-exit=1 "$PYTHON" -u -m distillfss_jax.main --distributed "$@" &
+# srun says the highest code of all processes: an error must be above those of
+# the processes that are killed because of it. TERM reaches this shell, too.
+run='trap waiting=1 TERM
+"$@" &
+waiting=1
+while ((waiting)); do waiting=0; wait "$!"; code=$?; done
+exit "$((code == 1 ? 255 : code))"'
+waiting=1
+srun --kill-on-bad-exit=1 bash -c "$run" run \
+  "$PYTHON" -u -m distillfss_jax.main --distributed "$@" &
 child=$!
-status=0
-while :; do # a signal ends `wait` early
+while ((waiting)); do # a signal ends `wait` early
+  waiting=0
   wait "$child"
   status=$?
-  kill -0 "$child" 2>/dev/null || break
 done
+((status == 255)) && status=1
 
 # 75: saved, or another process was lost; 134: JAX noticed that first; 137, 143:
 # a node went away. All go on from the newest checkpoint, if there are new ones.

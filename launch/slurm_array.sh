@@ -69,6 +69,7 @@ case $status in
     fi
     ;;
   0) fail 'ended without results.json' && status=1 ;;
+  69) echo "$folder is being run by another process" ;;
   *) fail "exit code $status" ;;
 esac
 exit "$status"

@@ -44,6 +44,7 @@ SCRIPT = pathlib.Path(__file__).with_name('slurm_array.sh')
 # A run that ends so was stopped, not wrong. It says 75 or 130 itself, unless it
 # is stopped so early that it cannot.
 STOPPED = (75, 130, -signal.SIGTERM, -signal.SIGINT)
+IN_USE = 69  # another process is at work in its folder
 STALLS = 3  # times in a row that it may be stopped without a new checkpoint
 GRACE = 60.0  # seconds to save in, after a Ctrl-C
 POLL = 0.1  # seconds between looks at the runs under way
@@ -237,24 +238,31 @@ def _load(config):
   return module
 
 
+def arguments(cell: dict) -> str:
+  """What follows the colon of --config."""
+  return ','.join(_argument(k, v) for k, v in cell.items() if '.' not in k)
+
+
+def flags_of(config: str, cell: dict) -> tuple[str, ...]:
+  """The flags of main that give a cell."""
+  given = arguments(cell)
+  changes = (f'--{key}={value}' for key, value in cell.items() if '.' in key)
+  return '--config', f'{config}:{given}' if given else config, *changes
+
+
 def _run(config, cell, root):
   name = name_of(cell)
   if len(name) > 240:
     raise ValueError(f'the name of a cell is too long for a folder: {name}')
-  arguments = ','.join(
-    _argument(key, value) for key, value in cell.items() if '.' not in key
-  )
-  changes = (f'--{key}={value}' for key, value in cell.items() if '.' in key)
-  file = f'{config}:{arguments}' if arguments else config
   folder = pathlib.Path(root) / pathlib.Path(config).stem / name
-  return Run(cell, folder, ('--config', file, *changes))
+  return Run(cell, folder, flags_of(config, cell))
 
 
 def check(get_config, run: Run) -> None:
   """Raises ValueError for a run that main would refuse."""
-  arguments = run.flags[1].partition(':')[2]
+  given = arguments(run.cell)
   try:
-    config = get_config(*([arguments] if arguments else []))
+    config = get_config(*([given] if given else []))
     for key in (key for key in run.cell if '.' in key):
       _check_key(config, key)
     # Types of values are checked by what will read them.
@@ -423,6 +431,7 @@ class Local:
       code = job.process.poll()
       if code is not None:
         del self.jobs[place]
+        _kill_all(job.process)  # workers of one that died
         self._ended(job, code)  # with the lock: it may leave a mark
         # A worker that outlives the run would keep the lock.
         fcntl.flock(job.log, fcntl.LOCK_UN)
@@ -437,6 +446,9 @@ class Local:
     if run.finished:
       self.took.append(self.seconds[run])
       self._say(f'finished in {_span(self.seconds[run])}', run)
+    elif code == IN_USE:
+      self.busy.append(run)
+      self._say('is run by another process', run)
     elif self.signals:
       # Whatever it says, it was us; what is wrong with it will come again.
       self._say('stopped', run)
@@ -460,11 +472,12 @@ class Local:
       self.asked = time.monotonic()
       for job in self.jobs.values():
         job.process.terminate()
-      print(
-        f'stopping: waiting for {len(self.jobs)} to save; '
-        'Ctrl-C again kills them',
-        flush=True,
-      )
+      with contextlib.suppress(OSError):  # the terminal may be gone
+        print(
+          f'stopping: waiting for {len(self.jobs)} to save; '
+          'Ctrl-C again kills them',
+          flush=True,
+        )
       return
     late = time.monotonic() - self.asked > GRACE
     if late or signal.SIGINT in self.signals[1:]:
@@ -645,12 +658,16 @@ def submit(runs: Sequence[Run], todo: Sequence[Run], chosen: dict, jobs):
 # The command.
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+  """Arguments whose errors are one line."""
+
   def error(self, message):
+    """Ends the program."""
     sys.exit(f'error: {message}; see --help')
 
 
-def _positive(text):
+def positive(text: str) -> int:
+  """Reads a number from 1, as argparse wants it read."""
   if not text.isdecimal() or int(text) < 1:
     raise argparse.ArgumentTypeError(f'needs a number from 1, got {text!r}')
   return int(text)
@@ -658,7 +675,7 @@ def _positive(text):
 
 def parser() -> argparse.ArgumentParser:
   """The flags."""
-  flag = _Parser(
+  flag = Parser(
     prog='python -m launch.sweep',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -673,7 +690,7 @@ def parser() -> argparse.ArgumentParser:
       help='such as shots=5,10 seed=0:5; else its sweep()')  # fmt: skip
   add('--set', metavar='KEY[=VALUE]', **several,
       help='the same for every run, such as smoke config.steps=4')  # fmt: skip
-  add('--jobs', type=_positive,
+  add('--jobs', type=positive,
       help='runs at a time; by default one per GPU, or one')  # fmt: skip
   add('--root', default='runs', help='where the folder of the sweep is')
   add('--retry', action='store_true', help='also what failed before')

@@ -11,7 +11,7 @@
 set -euo pipefail
 : "${TPU:?the name of the slice}" "${ZONE:?its zone}"
 FOLDER=${FOLDER:-distillfss_jax}
-TRIES=${TRIES:-100} # how often a run that was stopped is started again
+TRIES=${TRIES:-10} # how often a run that was stopped is started again
 
 command="cd ${FOLDER@Q} && exec .venv/bin/python -u -m distillfss_jax.main"
 command+=" --distributed ${*@Q}"

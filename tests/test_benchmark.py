@@ -140,6 +140,8 @@ def test_episodes_are_listed_and_shown(name, prepared):
   module = core.module(name)
   pool = module.pool(data_dir=data_dir, **options)
   for rule in episodes.RULES:
+    if name == 'fss1000' and rule == 'image':
+      continue  # its records do not say which classes they show
     table = episodes.listed(pool, shots=1, rule=rule)
     assert table.shape == (1000, 3)
     assert set(table[:, 0]) == set(range(len(pool.classes)))

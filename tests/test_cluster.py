@@ -65,8 +65,9 @@ def start_all(workdir, processes, *arguments):
   ]
 
 
-def run_all(workdir, processes):
-  return [finish(process) for process in start_all(workdir, processes)]
+def run_all(workdir, processes, *arguments):
+  started = start_all(workdir, processes, *arguments)
+  return [finish(process) for process in started]
 
 
 def wait_for(condition, processes):
@@ -218,7 +219,7 @@ def test_one_run_in_a_folder(home, one):
   wait_for((workdir / 'metrics.jsonl').exists, [first])
   first.send_signal(signal.SIGSTOP)  # so that it is not done too soon
   second = run(workdir, *CONFIG)
-  assert second.returncode == 1
+  assert second.returncode == 69
   assert f'{workdir} is in use by process {first.pid} on' in second.stderr
   first.send_signal(signal.SIGCONT)
   first.send_signal(signal.SIGTERM)

@@ -100,7 +100,8 @@ def test_pool(tmp_path):
     assert pool.source.ids == ids
     assert pool.classes == ('lung',)
     assert pool.values.tolist() == [1]
-    assert pool.pairs.tolist() == [[i, 0] for i in range(len(ids))]
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    assert pool.pairs.tolist() == [[i, 0] for i in order]
     assert [record['id'] for record in pool.source] == list(ids)
   assert len(chestxray.pool(tmp_path / 'd').source) == COUNT
   with pytest.raises(ValueError, match="part 'val' is not one of"):

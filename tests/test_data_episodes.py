@@ -102,6 +102,9 @@ def test_what_the_rules_take_in_turn(source, pool):
   assert images[:, 1].tolist() == with_any.tolist()
   classes = drawn('class', 0)
   assert classes[:, 0].tolist() == [i % 3 for i in range(len(pool.pairs))]
+  at_random = drawn('random', 0)
+  assert len(at_random) == len(with_any)
+  assert set(at_random[:, 0]) == {0, 1, 2}
   for rule in episodes.RULES:
     assert (drawn(rule, 0)[:, 2:] != drawn(rule, 1)[:, 2:]).any()
 
@@ -173,6 +176,38 @@ def test_lists(pool):
   turns = episodes.listed(pool, shots=1, rule='pair')[:, [1, 0]]
   whole = np.tile(pool.pairs, (30, 1))[:1000]
   np.testing.assert_array_equal(turns, whole)
+
+
+def test_listed_at_random_as_the_originals_list(pool):
+  """COCO-20i: class, query and shots from one stream."""
+  images = {c: [i for i, k in pool.pairs if k == c] for c in range(3)}
+  np.random.seed(0)
+  for row in episodes.listed(pool, shots=2, rule='random', count=100):
+    class_ = np.random.choice([0, 1, 2], 1, replace=False)[0]
+    query = np.random.choice(images[class_], 1, replace=False)[0]
+    shots = []
+    while len(shots) < 2:
+      shot = np.random.choice(images[class_], 1, replace=False)[0]
+      if shot != query:
+        shots.append(shot)
+    assert row.tolist() == [class_, query, *shots]
+
+
+def test_image_needs_labels_of_their_own(source, pool):
+  ones = core.Pool(source, pool.classes, pool.pairs, np.ones(3, np.int32))
+  for rule in ('pair', 'class', 'random'):
+    assert len(episodes.Random(ones, 1, rule)(0, np.random.default_rng(0))) == 3
+  with pytest.raises(ValueError, match='all have one label'):
+    episodes.listed(ones, shots=1, rule='image')
+
+
+def test_labels_are_swapped_and_back():
+  label = np.arange(256, dtype=np.uint8)
+  for value in (1, 7, 253, 254):
+    made = pipeline._swapped(label, value)
+    assert made[value] == 1
+    assert (made[[0, 255]] == [0, 255]).all()
+    np.testing.assert_array_equal(pipeline._swapped(made, value), label)
 
 
 def test_by_name(pool):

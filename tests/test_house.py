@@ -76,7 +76,6 @@ COMPOUNDS = ('data_dict', 'support_feats', 'stack_ids', 't_net', 'ground_truth')
 
 # Names that are not ours to choose.
 BORROWED = {
-  ('data/core.py', 'examples'): "TFDS's builders call _generate_examples",
   ('train.py', 'metadata'): 'importlib.metadata',
   ('types.py', 'example'): 'plain English: an example of a way',
   ('writer.py', 'metadata'): "clu's argument and TensorBoard's module",

@@ -37,7 +37,10 @@ exit "$status"
 """
 SCANCEL = """#!/usr/bin/env bash
 echo "scancel $@" >>"$SEEN"
-kill -TERM $(<"$SEEN.tasks")
+for task in $(<"$SEEN.tasks"); do # all processes of a step
+  pkill -TERM -P "$task"
+  kill -TERM "$task"
+done
 """
 SCONTROL = """#!/usr/bin/env bash
 echo "scontrol $@" >>"$SEEN"

@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 from PIL import Image
-from test_data_nucleus import pack, real_ids, tree
+from tensorflow_datasets.core import shuffle
+from test_data_nucleus import pack, put, real_ids, tree
+
+from distillfss_jax.data import core, nucleus
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -53,7 +56,7 @@ def test_errors_are_one_line(tmp_path):
   said = error(prepare('--dataset', 'nucleus', '--raw', raw, *place))
   assert bad in said
   assert 'BBBC038' in error(prepare('--dataset', 'nucleus', *place))
-  assert 'there are: deepglobe' in error(
+  assert 'there are: chestxray, ' in error(
     prepare('--dataset', 'nukleus', *place)
   )
   skipped = prepare('--dataset', 'nucleus', '--raw', raw, *place, '--skip_bad')
@@ -113,3 +116,21 @@ def test_synthetic_needs_nothing():
   done = prepare('--dataset', 'synthetic')
   assert done.returncode == 0
   assert 'nothing needs preparing' in done.stdout
+
+
+def test_many_shards_and_no_tensorflow(tmp_path, monkeypatch):
+  """What is larger than TFDS keeps in memory is written all the same."""
+  monkeypatch.setattr(shuffle, 'MAX_MEM_BUFFER_SIZE', 1000)
+  monkeypatch.setattr(core, 'SHARD', 2000)
+  files, _ = tree(real_ids(7, 4))
+  raw = put(files, tmp_path / 'raw')
+  manifest, _ = nucleus.prepare(raw, tmp_path / 'data')
+  records = list((tmp_path / 'data').rglob('*.array_record*'))
+  assert len(records) > 4
+  made = nucleus.load(tmp_path / 'data')
+  assert len(made.train) + len(made.test) == len(manifest['records']) == 11
+  for source in (made.train, made.test):
+    for i in range(len(source)):
+      record = source[i]
+      assert record['id'] == source.ids[i]
+      assert record['image'].shape[:2] == tuple(source.sizes[i])

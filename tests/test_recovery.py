@@ -161,12 +161,14 @@ def test_of_many_one_takes_a_stale_lock(tmp_path):
   assert (len(taken), len(refused)) == (1, 7)
 
 
-def test_a_signal_waits_for_the_step(capsys):
+def test_a_signal_waits_for_the_step(capfd, monkeypatch):
   with recovery.Stop() as stop, stop.deferred():
     assert stop.wanted == 0
     signal.raise_signal(signal.SIGTERM)
     assert stop.wanted == signal.SIGTERM
-    assert 'SIGTERM: stopping when the step' in capsys.readouterr().err
+    assert 'SIGTERM: stopping when the step' in capfd.readouterr().err
+    signal.raise_signal(signal.SIGTERM)  # the same, by another way
+    monkeypatch.setattr(recovery, 'ECHO', 0)
     with pytest.raises(recovery.Stopped, match='SIGTERM') as second:
       signal.raise_signal(signal.SIGTERM)
   assert second.value.code == 75
@@ -184,6 +186,22 @@ def test_elsewhere_a_signal_ends_at_once(signum, code):
       signal.raise_signal(signum)
   assert stopped.value.code == code
   assert signal.getsignal(signum) is before
+
+
+def test_nobody_takes_it_for_an_error():
+  assert not issubclass(recovery.Stopped, Exception)
+
+
+def test_another_container_of_this_machine(tmp_path, quick, monkeypatch):
+  """Whose first process is number 1, too, and may live."""
+  monkeypatch.setattr(recovery, '_namespace', lambda: ' pid:[2]')
+  owner = here(token='t', pid=os.getpid())
+  monkeypatch.undo()
+  monkeypatch.setattr(recovery, 'SILENCE', 0.5)
+  (tmp_path / 'lock').write_text(json.dumps({**owner, 'started': '1'}))
+  begin = time.monotonic()
+  with recovery.Lock(tmp_path):
+    assert time.monotonic() - begin >= 0.5  # it was watched for signs of life
 
 
 def test_other_threads_hear_no_signals():

@@ -6,6 +6,7 @@ al., 2018. `CXR_png/<id>.png` and `masks/<id>_mask.png`, as in the download that
 cross-domain few-shot segmentation uses (PATNet, IFA). One class.
 """
 
+import dataclasses
 import logging
 import posixpath
 import re
@@ -54,7 +55,10 @@ def pool(data_dir='data', part='all'):
   if part not in PARTS:
     raise ValueError(f'part {part!r} is not one of {tuple(PARTS)}')
   made = core.load_prepared(Chestxray, data_dir, train=PARTS[part])
-  return core.pool(made.train, made.classes, (1,))
+  found = core.pool(made.train, made.classes, (1,))
+  # The original lists its files by name.
+  order = sorted(range(len(found.pairs)), key=made.train.ids.__getitem__)
+  return dataclasses.replace(found, pairs=found.pairs[order])
 
 
 def prepare(raw, data_dir, *, split='ours', skip_bad=False):

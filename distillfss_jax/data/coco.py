@@ -10,7 +10,8 @@ of Nguyen and Todorovic, ICCV 2019, and of Wang et al. (PANet), ICCV 2019.
     train2014/<stem>.jpg, val2014/<stem>.jpg
 
 It is prepared once with all classes, train2014 for training and val2014 for
-testing; a fold is chosen when it is loaded.
+testing; a fold is chosen when it is loaded. AttnFD's 21 classes of COCO, whose
+labels are painted without the other instances, are not among them.
 """
 
 import collections
@@ -326,7 +327,8 @@ class Layout:
       raise core.BadFileError(f'{where} has no polygon')
     try:
       if isinstance(form, list):
-        if any(x.ndim != 1 or x.size < 6 or x.size % 2 for x in form):
+        form = [x for x in form if x.size >= 6]  # less has no inside
+        if not form or any(x.ndim != 1 or x.size % 2 for x in form):
           raise ValueError('a polygon needs three points or more')
         form = self._painter.merge(self._painter.frPyObjects(form, *size))
       elif list(form['size']) != list(size):

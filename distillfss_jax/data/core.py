@@ -36,6 +36,7 @@ from tqdm import tqdm
 from distillfss_jax import data
 
 MANIFEST = 'manifest.json'
+SHARD = 1 << 29  # bytes of decoded images in a file of records
 _NOT_DATASETS = (
   'augment', 'core', 'episodes', 'pipeline', 'support', 'transforms',
 )  # fmt: skip
@@ -165,9 +166,7 @@ class _Info(tfds.core.DatasetInfo):
     """Does nothing: the dataset is the user's own."""
 
 
-class SegmentationBuilder(
-  tfds.core.GeneratorBasedBuilder, skip_registration=True
-):
+class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
   """The TFDS builder all datasets on disk share: encoded image, PNG label.
 
   A dataset derives from it, gives these attributes and a docstring, and calls
@@ -210,21 +209,27 @@ class SegmentationBuilder(
     super()._download_and_prepare(*args, **kwargs)
     (self.data_path / MANIFEST).write_text(json.dumps(self.manifest, indent=1))
 
-  def _split_generators(self, dl_manager):
+  # TFDS collects the records of a shard, and more than a gigabyte of a split
+  # only with TensorFlow. So shards are small, and written one after the other.
+  def _shard_iterators_per_split(self, dl_manager):
     del dl_manager  # the owners' download is read by `prepare`
-    return {
-      name: self._generate_examples(name, checked)
-      for name, checked in self.splits.items()
-    }
+    iterators = {}
+    for name, checked in self.splits.items():
+      bar = _bar([], f'writing {name}', len(checked))
+      iterators[name] = [
+        functools.partial(self._records, first, shard, bar)
+        for first, shard in _shards(checked)
+      ]
+    return iterators
 
-  def _generate_examples(self, split, checked):
+  def _split_generators(self, dl_manager):
+    raise NotImplementedError('see _shard_iterators_per_split')
+
+  def _records(self, first, checked, bar):
     encoded = _ahead(lambda one: one.image(), checked)
-    both = zip(checked, encoded, strict=True)
-    for i, (one, image) in enumerate(
-      _bar(both, f'writing {split}', len(checked))
-    ):
+    for i, (one, image) in enumerate(zip(checked, encoded, strict=True)):
       yield (
-        i,
+        first + i,
         {
           'image': io.BytesIO(image),
           'label': io.BytesIO(one.label),
@@ -233,6 +238,25 @@ class SegmentationBuilder(
           'width': one.size[1],
         },
       )
+      bar.update()
+    if first + len(checked) == bar.total:
+      bar.close()
+
+
+def _shards(checked):
+  """Divides images into lists of at most `SHARD` bytes of pixels.
+
+  Yields (index of its first, shard).
+  """
+  shard, first, total = [], 0, 0
+  for i, one in enumerate(checked):
+    size = 3 * one.size[0] * one.size[1]
+    if shard and total + size > SHARD:
+      yield first, shard
+      shard, first, total = [], i, 0
+    shard.append(one)
+    total += size
+  yield first, shard
 
 
 class BadFileError(ValueError):

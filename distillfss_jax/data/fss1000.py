@@ -85,7 +85,8 @@ def pool(data_dir='data', part='test'):
   Each image is asked for the class of its folder, 1 in every record.
 
   Parity: images are in the original's order, that of a listing: classes sorted,
-  and 1, 10, 2, ..., 9 in each.
+  and 1, 10, 2, ..., 9 in each. It draws shots by their number, 1 to 10: ours,
+  by their place in that order, are others.
 
   Args:
     data_dir: folder of all prepared datasets.

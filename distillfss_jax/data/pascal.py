@@ -126,7 +126,9 @@ def pool(
     exclusive: without images that hold a class of the other part (BAM).
     lists: folder of the published lists, trn/fold0.txt to val/fold3.txt with
       lines `<image>__<class>`: just these pairs, in their order; no area
-      counts.
+      counts. Or one file with lines `JPEGImages/<image>.jpg ...`, as BAM and
+      HDMNet have it (voc_sbd_merge_noduplicate.txt, 5953 of the 10582 training
+      images): just these images.
 
   Raises:
     FileNotFoundError: when it, or a list, is not there.
@@ -139,15 +141,16 @@ def pool(
       f'fold {fold!r} of part {part!r} is not one of 0..{FOLDS - 1}; 4, all '
       "classes, is for part 'train'"
     )
-  if lists is not None and exclusive:
-    raise ValueError('lists say which images there are: exclusive cannot')
+  of_images = lists is not None and pathlib.Path(lists).expanduser().is_file()
+  if lists is not None and exclusive and not of_images:
+    raise ValueError('lists say which pairs there are: exclusive cannot')
   made = core.load_prepared(Pascal, data_dir, train=_ALL_TRAIN)
   source = getattr(made, part)
   skipped = core.manifest(Pascal, data_dir)['skipped']
   folds = [f for f in range(FOLDS) if (f == fold) == (part == 'test')]
   labels = [label for f in folds for label in fold_labels(f)]
   names = tuple(made.classes[label - 1] for label in labels)
-  if lists is not None:
+  if lists is not None and not of_images:
     pairs = _published(pathlib.Path(lists), part, folds, source, skipped)
     indices = [(i, labels.index(label)) for i, label in pairs]
     return core.Pool(
@@ -157,6 +160,10 @@ def pool(
       np.array(labels, np.int32),
     )
   found = core.pool(source, names, labels, min_area, exclusive=exclusive)
+  if of_images:
+    keep = _listed_images(pathlib.Path(lists).expanduser(), source)
+    pairs = found.pairs[np.isin(found.pairs[:, 0], keep)]
+    return dataclasses.replace(found, pairs=pairs)
   count = sum(_PAIRS[part][f] for f in folds)
   # What `prepare` left out was there, too.
   whole = len(source) <= _WHOLE[part] <= len(source) + len(skipped)
@@ -167,6 +174,27 @@ def pool(
       len(found.pairs),
       min_area,
       count,
+    )
+  return found
+
+
+def _listed_images(path, source):
+  """Indices of the images that a list of BAM's form names."""
+  lines = [line.split()[0] for line in path.read_text().splitlines() if line]
+  wanted = [pathlib.PurePosixPath(line).stem for line in lines]
+  index = {id_: i for i, id_ in enumerate(source.ids)}
+  found = [index[id_] for id_ in wanted if id_ in index]
+  if not found:
+    raise ValueError(
+      f'{path} names none of the {len(index)} prepared images; its lines '
+      'should be like JPEGImages/2008_000008.jpg'
+    )
+  if len(found) < len(wanted):
+    logging.warning(
+      'pascal: %d of the %d images of %s are not prepared',
+      len(wanted) - len(found),
+      len(wanted),
+      path,
     )
   return found
 

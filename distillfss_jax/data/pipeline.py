@@ -266,7 +266,7 @@ class _Read:
     return {
       'images': image,
       'labels': _of_class(label),
-      'all_labels': _of_records(label, value),
+      'all_labels': _swapped(label, value),
       'support_images': np.stack([image for image, _ in support]),
       'support_labels': np.stack([_of_class(label) for _, label in support]),
       'class': np.int32(class_),
@@ -275,13 +275,14 @@ class _Read:
     }
 
   def _one(self, generator, recipe, index, value):
-    """An image and its labels, of which 1 is the class and c + 1 class c."""
+    """An image and its labels, 1 and the label of the class swapped."""
     # One map carries both the mask and all classes through the recipe, which
-    # may ask where the class of the episode is.
+    # may ask where the class of the episode is. Void stays: BAM and HDMNet
+    # train without it. Parity: for DCAMA and IFA it is background, which is for
+    # the system to say.
     record = self.pool.source[int(index)]
-    table = np.arange(1, 257).astype(np.uint8)
-    table[[0, value, VOID]] = 0, 1, VOID
-    return recipe(generator, record['image'], table[record['label']], self.size)
+    label = _swapped(record['label'], value)
+    return recipe(generator, record['image'], label, self.size)
 
 
 def _of_class(label):
@@ -289,10 +290,10 @@ def _of_class(label):
   return np.where((label == 1) | (label == VOID), label, 0).astype(np.uint8)
 
 
-def _of_records(label, value):
-  """The labels as the records have them."""
-  table = np.arange(-1, 255).astype(np.uint8)
-  table[[0, 1, VOID]] = 0, value, VOID
+def _swapped(label, value):
+  """Labels in which 1 and `value` have changed places, there and back."""
+  table = np.arange(256, dtype=np.uint8)
+  table[[1, value]] = value, 1
   return table[label]
 
 

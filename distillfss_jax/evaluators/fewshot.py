@@ -125,23 +125,8 @@ class FewShot:
       for confusion in of_role.values():
         confusion.counts = parallel.gather(confusion.counts).sum(0)
     if jax.process_count() > 1 and show:
-      shown = _shown_anywhere(shown, roles, show, self._size)
+      shown = parallel.gather_maps(shown, roles, show, self._size)
     return Scored(confusions, shown, time.monotonic() - begin, self._total)
-
-
-def _shown_anywhere(shown, roles, show, size):
-  """What all processes together have to show."""
-  maps = np.zeros((len(show), len(roles), size, size), np.uint8)
-  seen = np.zeros(len(show), bool)
-  for i, index in enumerate(show):
-    if index in shown:
-      seen[i] = True
-      maps[i] = [shown[index][role] for role in roles]
-  maps, seen = parallel.gather(maps), parallel.gather(seen)
-  return {
-    index: dict(zip(roles, maps[seen[:, i].argmax(), i], strict=True))
-    for i, index in enumerate(show)
-  }
 
 
 def _count(logits, batch, classes):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from distillfss_jax.ops import resize
 from distillfss_jax.types import VOID
 
 
@@ -51,3 +52,28 @@ def coarse_mse(
     ]
   ).mean(0)
   return (per_way * some).sum(1) / jnp.maximum(some.sum(1), 1)
+
+
+def map_bce(coarse: tuple[Array, ...], masks: Array) -> Array:
+  """Binary cross-entropy of the mean coarse map (DCAMA's source training).
+
+  Args:
+    coarse: per level [b, 1, h, w, m].
+    masks: [b, H, W] in {0, 1}.
+
+  Returns:
+    [b]: all maps of all levels are brought to the masks' size, averaged, and
+    compared, mean over pixels.
+  """
+  size = masks.shape[1:]
+  # Bringing to size is linear: a level's maps are summed first.
+  total = sum(
+    resize.bilinear(x[:, 0].sum(-1, keepdims=True).astype(jnp.float32), size)
+    for x in coarse
+  )
+  mean = total[..., 0] / sum(x.shape[-1] for x in coarse)
+  # Parity: the original clamps to 0..1 and its library the logarithm to -100;
+  # a mean of exactly 0 or 1 then has a gradient of 1e12. Here it has none.
+  mean = jnp.clip(mean, 1e-7, 1 - 1e-7)
+  loss = masks * jnp.log(mean) + (1 - masks) * jnp.log1p(-mean)
+  return -loss.mean((1, 2))
