@@ -74,6 +74,8 @@ if kind == 'empty':
   sys.exit()
 if kind == 'lost':
   sys.exit(75)
+if kind == 'used':
+  sys.exit(69)
 if kind == 'steps' and step < 6:
   stop()
 if kind in ('slow', 'stubborn') and not step:
@@ -464,6 +466,15 @@ def test_two_sweeps_divide_the_grid(home):
   names = [f'seed={i},kind=short' for i in range(8)]
   assert [len(home.starts(name)) for name in names] == [1] * 8
   assert home.finished() == names
+
+
+def test_a_run_in_use_is_no_failure(home):
+  """Somebody runs it without a sweep."""
+  done = home.sweep('--grid', 'config.kind=used')
+  assert done.returncode == 1
+  assert 'kind=used is run by another process' in done.stdout
+  assert '0 of 1 done, 1 run by another process' in done.stdout
+  assert not (home.runs / 'kind=used.failed').exists()
 
 
 def test_a_run_outlives_its_sweep(home):
