@@ -286,8 +286,8 @@ def test_bad_files_are_named_and_left_out(tmp_path):
     f'train/3_ACHN.jpg: {source} says 99x24, the image is 32x24',
     f'4_ACHN.jpg: annotation 30 of {source} cannot be decoded (it has no',
     f'5_ACHN.jpg: annotation 40 of {source} cannot be decoded (it has no',
-    f'6_ACHN.jpg: annotation 50 of {source} cannot be decoded (its RLE is of',
-    f'7_ACHN.jpg: annotation 60 of {source} cannot be decoded (its RLE is of',
+    f'6_ACHN.jpg: annotation 50 of {source} cannot be decoded (its ',
+    f'7_ACHN.jpg: annotation 60 of {source} cannot be decoded (its ',
     f'8_ACHN.jpg: annotation 70 of {source} cannot be decoded',
     '--skip_bad',
   ):

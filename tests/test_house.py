@@ -144,8 +144,9 @@ def test_siblings_do_not_import_each_other(path):
   if unit(here) == 'ops' or path.stem == '__init__':
     return  # ops build on ops; a folder's __init__ looks its files up
   for there in ours(path) - {PACKAGE}:
-    # Transforms are the one helper that data share below core.
-    allowed = (*SHARED_FILES, *(['transforms'] if unit(here) == 'data' else []))
+    # Helpers that datasets share below core.
+    helpers = ['transforms', 'masks'] if unit(here) == 'data' else []
+    allowed = (*SHARED_FILES, *helpers)
     assert unit(here) != unit(there) or MODULES[there].stem in allowed, (
       f'{here} imports its sibling {there}; what both need belongs in '
       'base.py or core.py'

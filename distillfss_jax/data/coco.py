@@ -20,15 +20,13 @@ import io
 import json
 import logging
 import re
-import threading
 import typing
-import warnings
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from distillfss_jax.data import core
+from distillfss_jax.data import core, masks
 
 SPLITS = ('2014', '2017')  # the same images, divided otherwise
 FOLDS = 4
@@ -200,7 +198,7 @@ class Layout:
   def __init__(self, files, year='2014'):
     """Finds the images with labels; ValueError where something is missing."""
     self._files, self._there = files, set(files.names)
-    self._lock, self._rows, self._parts = threading.Lock(), {}, {}
+    self._rows, self._parts = {}, {}
     index = re.compile(
       rf'((?:.+/)?)annotations/(?:instances_train{year}\.json|train{year}/.+)'
     )
@@ -260,13 +258,7 @@ class Layout:
   def _listed(self, folder):
     """Makes the rows {id: _Row} of a JSON file."""
     name = f'{self.top}annotations/instances_{folder}.json'
-    try:
-      from pycocotools import mask
-    except ImportError as error:
-      raise ValueError(
-        f'{name} needs pycocotools: pip install pycocotools'
-      ) from error
-    self._painter = mask
+    self._painter = masks.Painter(name)
     images, self._labels, instances = _read(name, self._files.read(name))
     rows = {}
     for number, of in instances.items():
@@ -325,24 +317,12 @@ class Layout:
     """One instance as bool [H, W]."""
     if not form:
       raise core.BadFileError(f'{where} has no polygon')
+    if isinstance(form, list):
+      # Less has no inside, and may stand beside what has.
+      form = [x for x in form if x.size >= 6] or form
     try:
-      if isinstance(form, list):
-        form = [x for x in form if x.size >= 6]  # less has no inside
-        if not form or any(x.ndim != 1 or x.size % 2 for x in form):
-          raise ValueError('a polygon needs three points or more')
-        form = self._painter.merge(self._painter.frPyObjects(form, *size))
-      elif list(form['size']) != list(size):
-        raise ValueError(f'its size is {form["size"]}, not {list(size)}')
-      elif isinstance(form['counts'], list):
-        if sum(form['counts']) != size[0] * size[1]:
-          raise ValueError('its counts are of another number of pixels')
-        form = self._painter.frPyObjects(form, *size)
-      # What is caught is the same for all threads: one at a time.
-      with self._lock, warnings.catch_warnings():
-        # Its array type does not know the arguments of NumPy 2.
-        warnings.simplefilter('ignore', DeprecationWarning)
-        return self._painter.decode(form).astype(bool)
-    except Exception as error:  # it raises Exception itself
+      return self._painter.paint(form, size)
+    except ValueError as error:
       raise core.BadFileError(f'{where} cannot be decoded ({error})') from error
 
 

@@ -38,7 +38,7 @@ from distillfss_jax import data
 MANIFEST = 'manifest.json'
 SHARD = 1 << 29  # bytes of decoded images in a file of records
 _NOT_DATASETS = (
-  'augment', 'core', 'episodes', 'pipeline', 'support', 'transforms',
+  'augment', 'core', 'episodes', 'masks', 'pipeline', 'support', 'transforms',
 )  # fmt: skip
 
 

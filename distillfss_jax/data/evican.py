@@ -16,14 +16,12 @@ images, easy to difficult, have no part in it and are passed over.
 
 import collections
 import json
-import threading
 import typing
-import warnings
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from distillfss_jax.data import core
+from distillfss_jax.data import core, masks
 
 SPLITS = ('published',)
 _PARTS = {'train': 'train', 'test': 'val'}  # ours: the owners'
@@ -79,7 +77,7 @@ class Layout:
   def __init__(self, files):
     """Reads both lists; ValueError where a list or all its images miss."""
     self._files, self._there = files, set(files.names)
-    self._lock, self._rows = threading.Lock(), {}
+    self._rows = {}
     ends = [_LIST.format(part) for part in _PARTS.values()]
     tops = {x.removesuffix(end) for x in files.names for end in ends}
     tops = {x for x in tops.difference(files.names) if not x or x[-1] == '/'}
@@ -92,13 +90,7 @@ class Layout:
         f'{files} has no {" and no ".join(lacking)} ({len(files.names)} files '
         f'in all): {Evican.DOWNLOAD}'
       )
-    try:
-      from pycocotools import mask
-    except ImportError as error:
-      raise ValueError(
-        f'{ends[0]} needs pycocotools: pip install pycocotools'
-      ) from error
-    self._painter = mask
+    self._painter = masks.Painter(ends[0])
     for part, end, folder in zip(_PARTS.values(), ends, folders, strict=True):
       self._list(part, self.top + end, self.top + folder)
     self.ids = list(self._rows)
@@ -155,7 +147,7 @@ class Layout:
     for number, value, form in row.instances:
       try:
         label[self._decode(form, size)] = value
-      except Exception as error:  # pycocotools raises Exception itself
+      except (ValueError, TypeError) as error:
         raise core.BadFileError(
           f'{row.path}: annotation {number} of {row.source} cannot be decoded '
           f'({error})'
@@ -166,13 +158,7 @@ class Layout:
     """One instance as bool [H, W]."""
     if isinstance(form, list):
       return self._fill(form, size)
-    plain = isinstance(form['counts'], list)
-    pixels = sum(form['counts']) if plain else size[0] * size[1]
-    if list(form['size']) != list(size) or pixels != size[0] * size[1]:
-      raise ValueError('its RLE is of another size')
-    return self._unpack(
-      self._painter.frPyObjects(form, *size) if plain else form
-    )
+    return self._painter.paint(form, size)
 
   def _fill(self, polygons, size):
     """The inside of polygons as bool [H, W]: a pixel at least.
@@ -183,21 +169,13 @@ class Layout:
     if not polygons or any(not x or len(x) % 2 for x in polygons):
       raise ValueError('it has no polygon, or half a point')
     made = np.zeros(size, bool)
-    # Two points enclose nothing; pycocotools would take them for a box.
+    # Parity: two points enclose nothing; the original takes them for a box.
     if wide := [x for x in polygons if len(x) >= 6]:
-      form = self._painter.frPyObjects(wide, *size)
-      made = self._unpack(self._painter.merge(form))
+      made = self._painter.paint(wide, size)
     if not made.any():
       x, y = polygons[0][:2]
       made[np.clip(int(y), 0, size[0] - 1), np.clip(int(x), 0, size[1] - 1)] = 1
     return made
-
-  def _unpack(self, form):
-    # What is caught is the same for all threads: one at a time.
-    with self._lock, warnings.catch_warnings():
-      # Its array type does not know the arguments of NumPy 2.
-      warnings.simplefilter('ignore', DeprecationWarning)
-      return self._painter.decode(form).astype(bool)
 
 
 def _read(name, contents):

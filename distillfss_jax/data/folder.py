@@ -23,16 +23,14 @@ import json
 import logging
 import pathlib
 import re
-import threading
 import typing
-import warnings
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from distillfss_jax.data import core
+from distillfss_jax.data import core, masks
 
 SPLITS = ('files', 'held_out')
 _SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
@@ -972,14 +970,8 @@ class Coco:
 
   def __init__(self, files, name, known, images):
     """Reads the file; ValueError where it is not as COCO says."""
-    try:
-      from pycocotools import mask
-    except ImportError as error:
-      raise ValueError(
-        f'{name} needs pycocotools: pip install pycocotools'
-      ) from error
-    self._painter, self._images, self._name = mask, images, name
-    self._lock = threading.Lock()
+    self._painter, self._images = masks.Painter(name), images
+    self._name = name
     try:
       made = json.loads(files.read(name))
       entries = [(x['id'], x['file_name'], x) for x in made['images']]
@@ -1069,28 +1061,14 @@ class Coco:
 
   def _decode(self, id_, annotation, size):
     """One annotation as bool [H, W]."""
-    form, (rows, columns) = annotation.get('segmentation'), size
+    form = annotation.get('segmentation')
     where = f'{self._images[id_]}: annotation {annotation.get("id")}'
     if not form:
       raise core.BadFileError(f'{where} has no segmentation, maybe a box only')
     try:
-      if isinstance(form, dict):
-        if isinstance(form['counts'], list):
-          form = self._painter.frPyObjects(form, rows, columns)
-      elif any(len(polygon) < 6 or len(polygon) % 2 for polygon in form):
-        raise ValueError('a polygon needs three points or more')
-      else:
-        parts = self._painter.frPyObjects(form, rows, columns)
-        form = self._painter.merge(parts)
-      # What is caught is the same for all threads: one at a time.
-      with self._lock, warnings.catch_warnings():
-        # Its array type does not know the arguments of NumPy 2.
-        warnings.simplefilter('ignore', DeprecationWarning)
-        made = self._painter.decode(form).astype(bool)
-    except Exception as error:  # it raises Exception itself
+      return self._painter.paint(form, size)
+    except ValueError as error:
       raise core.BadFileError(f'{where} cannot be decoded ({error})') from error
-    core.same_size(where, made, size)
-    return made
 
 
 # ----------------------------------------------------------------- the summary
