@@ -33,7 +33,6 @@ on the features of an ImageNet encoder.
 
 import argparse
 import dataclasses
-import io
 import json
 import shlex
 import sys
@@ -41,7 +40,7 @@ import sys
 import numpy as np
 
 from distillfss_jax import files
-from launch import collect, sweep
+from launch import results, sweep, tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,13 +214,14 @@ def _scores(run, place, size, metric):
   if not run.finished:
     begun = (run.folder / 'config.json').exists()
     raise ValueError('unfinished' if begun else 'not run')
-  loaded = collect.load(run.folder)
-  drawn = loaded.of('support.rule', 'support.seed', 'seed')
+  loaded = results.load(run.folder)
+  keys = 'support.rule', 'support.seed', 'seed'
+  drawn = tuple(loaded.config[key] for key in keys)
   if drawn != ('random', *place):
     raise ValueError(
       f'{run.folder} holds a run of (rule, support seed, seed) {drawn}'
     )
-  return collect.scores(loaded, size, metric)
+  return results.scores(loaded, size, metric)
 
 
 # Showing.
@@ -233,11 +233,11 @@ def report(grid: Grid, found: Scores, size: str, metric: str) -> str:
   draws, seeds = table.shape
   apart = spread(table)
   parts = [
-    f'{size} {collect.TITLES.get(metric, metric)} of the {found.role} in per '
+    f'{size} {tables.TITLES.get(metric, metric)} of the {found.role} in per '
     f'cent, {grid.argv[0]}{grid.shared and " " + grid.shared}: {draws} draws x '
     f'{seeds} seeds, {(~np.isnan(table)).sum()} of {table.size} runs',
     '',
-    collect.aligned(
+    tables.aligned(
       ['support seed', *(f'seed {s}' for s in range(seeds)), 'mean'],
       [
         [str(d), *map(_text, row), _text(_mean(row))]
@@ -262,7 +262,7 @@ def report(grid: Grid, found: Scores, size: str, metric: str) -> str:
 
 
 def _text(value):
-  return '-' if value is None or np.isnan(value) else collect.tenths(value)
+  return '-' if value is None or np.isnan(value) else tables.tenths(value)
 
 
 def _mean(row):
@@ -280,7 +280,7 @@ def _lines(apart, draws, seeds):
     ['component: seed', _text(apart.seed)],
     ['component: rest', _text(apart.rest)],
   ]
-  yield collect.aligned(['', 'per cent'], lines, 1)
+  yield tables.aligned(['', 'per cent'], lines, 1)
   for name in apart.clipped:
     yield f'the variance of the {name} was estimated negative: shown as 0'
   if apart.rest is None:
@@ -329,33 +329,24 @@ def plot(found: Scores, title: str) -> bytes:
   axes.legend(
     frameon=False, fontsize=7, loc='upper left', bbox_to_anchor=(1, 1)
   )
-  figure.suptitle(title, fontsize=8, wrap=True)
-  out = io.BytesIO()
-  figure.savefig(out, format='png')
-  return out.getvalue()
-
-
-def _positive(text):
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f'needs a number from 1, got {text!r}')
-  return int(text)
+  return tables.png(figure, title)
 
 
 def _parse(argv):
-  parser = collect.Parser(
+  parser = sweep.Parser(
     prog='python -m launch.variance', description=__doc__, allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )  # fmt: skip
   add = parser.add_argument
   add('config', help='a file of configs, without arguments')
-  add('--draws', type=_positive, default=5, help='support draws')
-  add('--seeds', type=_positive, default=3)
+  add('--draws', type=sweep.positive, default=5, help='support draws')
+  add('--seeds', type=sweep.positive, default=3)
   add('--set', nargs='+', action='extend', default=[], metavar='KEY[=VALUE]',
       help='the same for every run: shots=5 config.steps=4')  # fmt: skip
   add('--root', default='runs', help='where the folder of the sweep is')
   add('--via', choices=('local', 'print'), default='local',
       help='print shows the commands, and reports what is there')  # fmt: skip
-  add('--jobs', type=_positive, help='runs at a time')
+  add('--jobs', type=sweep.positive, help='runs at a time')
   add('--metric', default='miou')
   add('--size', default='test', choices=('test', 'test_native'))
   flags = parser.parse_args(argv)
@@ -369,7 +360,8 @@ def main(argv: list[str] | None = None) -> int:
   flags = _parse(argv)
   grid = plan(flags.config, flags.draws, flags.seeds, flags.set, flags.root)
   jobs = ['--jobs', str(flags.jobs)] if flags.jobs else []
-  code = _sweep([*grid.argv, '--via', flags.via, *jobs])
+  argv = [*grid.argv, '--via', flags.via, *jobs]
+  code = sweep.sweep(sweep.parser().parse_args(argv))
   found = read(grid, flags.size, flags.metric)
   if np.isnan(found.table).all():
     why = next(iter(found.missing.values()))
@@ -382,18 +374,10 @@ def main(argv: list[str] | None = None) -> int:
   return code
 
 
-def _sweep(argv):
-  """The exit code of a sweep; what it refuses ends this too."""
-  try:
-    return sweep.main(argv) or 0
-  except SystemExit as end:
-    if isinstance(end.code, str):
-      raise
-    return end.code or 0
-
-
 if __name__ == '__main__':
   try:
     sys.exit(main())
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
+  except KeyboardInterrupt:  # before anything ran
+    sys.exit(130)

@@ -14,7 +14,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from launch import collect
+from launch import collect, missing, results
+from launch import paper as paper_lib
+from launch import tables as tables_lib
 
 
 def flags_of(line):
@@ -107,7 +109,7 @@ HOLES = [
 def test_terminal(root):
   report, warnings = made(root)
   assert not warnings
-  text = collect.terminal(report).split('\nmissing')[0]
+  text = tables_lib.terminal(report).split('\nmissing')[0]
   # (70 + 72) / 2 = 71, sqrt(2) = 1.4; (60 + 65) / 2 = 62.5, 5 / sqrt(2) = 3.5
   assert text.splitlines() == [
     TITLE,
@@ -122,7 +124,7 @@ def test_terminal(root):
 
 def test_markdown(root):
   report, _ = made(root)
-  assert collect.markdown(report).splitlines()[:7] == [
+  assert tables_lib.markdown(report).splitlines()[:7] == [
     TITLE,
     '',
     '| dataset | method | backbone | 5 shots | 10 shots |',
@@ -144,7 +146,7 @@ def test_csv(root):
       ('transfer,shots=5', 0),
     )
   )  # fmt: skip
-  lines = list(csv.reader(io.StringIO(collect.as_csv(report))))
+  lines = list(csv.reader(io.StringIO(tables_lib.as_csv(report))))
   assert lines == [
     ['dataset', 'method', 'backbone', 'settings', 'shots', 'n', 'mean', 'std',
      'seeds', 'support_seeds', 'folders', 'paper', 'paper_marks',
@@ -164,7 +166,7 @@ def test_csv(root):
 
 def test_latex(root):
   report, _ = made(root)
-  assert collect.latex(report).splitlines() == [
+  assert tables_lib.latex(report).splitlines() == [
     r'\begin{tabular}{lllrr}',
     r'\toprule',
     r'dataset & method & backbone & 5 shots & 10 shots \\',
@@ -178,7 +180,7 @@ def test_latex(root):
     r'\par{\footnotesize test mIoU in per cent: mean $\pm$ standard deviation '
     'over seeds and support draws}',
   ]
-  assert r'a_&%$#{}~^\|'.translate(collect.LATEX) == (
+  assert r'a_&%$#{}~^\|'.translate(tables_lib.LATEX) == (
     r'a\_\&\%\$\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}$|$'
   )
 
@@ -210,7 +212,7 @@ def test_missing_cells_and_their_commands(root):
     assert str(config['support']['shots']) == asked['shots']
     assert str(config['seed']) == asked['seed']
     assert f'{asked["shots"]} shots, seed {asked["seed"]}' in what
-  text = collect.terminal(report)
+  text = tables_lib.terminal(report)
   assert 'missing: 4' in text
   # The commands, run, would fill the rectangle.
   for _, line in report.missing:
@@ -277,8 +279,8 @@ def test_the_rectangle_spans_datasets_and_backbones(tmp_path):
 
 def test_unlike_runs_are_never_averaged(tmp_path):
   """Every key of a config but the two seeds splits a row."""
-  base = collect.get_config('nucleus', 'shots=5')
-  skipped = {*collect.NEEDED, 'data.args.split', 'data.args.data_dir'}
+  base = missing.get_config('nucleus', 'shots=5')
+  skipped = {*results.NEEDED, 'data.args.split', 'data.args.data_dir'}
   for key, value in base.items():
     if key in skipped:
       continue
@@ -292,7 +294,7 @@ def test_unlike_runs_are_never_averaged(tmp_path):
       for x in sorted(map(str, (value, other)))
     ]
     assert set(cells(report).values()) == {'40.0 (n=1)', '60.0 (n=1)'}
-    assert key in collect.terminal(report)
+    assert key in tables_lib.terminal(report)
 
 
 def test_rules_datasets_and_students_are_rows(tmp_path):
@@ -431,7 +433,7 @@ def test_files(root, tmp_path, capsys):
 # The paper.
 
 
-PAPER = collect.load_paper()
+PAPER = paper_lib.load()
 DATASETS = [
   'nucleus', 'kvasir', 'lung', 'pothole', 'weedmap', 'isic', 'industrial',
 ]  # fmt: skip
@@ -491,7 +493,7 @@ def test_the_paper_is_complete():
 )  # fmt: skip
 def test_the_papers_numbers(place, score, source):
   dataset, method, backbone, shots = place
-  found = collect.published(PAPER, dataset)[method, backbone][shots]
+  found = paper_lib.published(PAPER, dataset)[method, backbone][shots]
   assert (str(found), found.source) == (score, source)
 
 
@@ -500,10 +502,10 @@ def test_the_configs_say_the_same():
   for dataset in DATASETS:
     text = importlib.import_module(f'configs.{dataset}').__doc__
     numbers = set(re.findall(r'\d+\.\d', text))
-    tables = collect.published(PAPER, dataset)
+    tables = paper_lib.published(PAPER, dataset)
     for backbone in ('swin_b', 'resnet50'):
       for cell in tables['DistillFSS', backbone].values():
-        assert collect.tenths(cell.score) in numbers, (dataset, cell)
+        assert tables_lib.tenths(cell.score) in numbers, (dataset, cell)
 
 
 def test_the_paper_as_in_the_spec(shared):
@@ -521,7 +523,7 @@ def test_the_paper_as_in_the_spec(shared):
 
 
 def test_halves_go_up():
-  found = [collect.tenths(x) for x in (15.95, 14.35, 0.05, 0.0, 99.949, 100)]
+  found = [tables_lib.tenths(x) for x in (15.95, 14.35, 0.05, 0.0, 99.949, 100)]
   assert found == ['16.0', '14.4', '0.1', '0.0', '99.9', '100.0']
 
 
@@ -547,14 +549,14 @@ def test_the_papers_numbers_are_marked(root):
   for row in report.rows:
     assert row.paper == ('paper' in row.method)
     assert all(('*' in str(x)) == row.paper for x in row.cells.values())
-  text = collect.terminal(report)
+  text = tables_lib.terminal(report)
   notes = [x for x in text.splitlines() if x.startswith(('* ', '† ', '‡ '))]
   assert [x[0] for x in notes] == ['*', '‡']
   assert 'best of a grid' in notes[0]
   assert 'selected on the test set' in notes[0]
-  assert r'69.6\*' in collect.markdown(report)
-  assert r'79.0*$^\ddagger$' in collect.latex(report)
-  lines = list(csv.DictReader(io.StringIO(collect.as_csv(report))))
+  assert r'69.6\*' in tables_lib.markdown(report)
+  assert r'79.0*$^\ddagger$' in tables_lib.latex(report)
+  lines = list(csv.DictReader(io.StringIO(tables_lib.as_csv(report))))
   line = next(x for x in lines if x['paper'] == '69.57')
   assert (line['n'], line['paper_marks'], line['paper_from']) == (
     '0', '*', 'readme',
@@ -585,8 +587,10 @@ def test_missing_cells_of_the_paper(root):
   report, _ = made(root, paper=True)
   wanted = set()
   for dataset in DATASETS:
-    for (method, backbone), found in collect.published(PAPER, dataset).items():
-      if method in collect.SYSTEMS:
+    for (method, backbone), found in paper_lib.published(
+      PAPER, dataset
+    ).items():
+      if method in results.SYSTEMS:
         wanted |= {(dataset, method, backbone, shots) for shots in found}
   nucleus = {x for x in wanted if x[0] == 'nucleus' and x[2] == 'swin_b'}
   lacking = wanted - {
@@ -600,7 +604,7 @@ def test_missing_cells_of_the_paper(root):
     named.add((dataset, method, backbone, shots))
     config = config_of(line)
     assert config['data']['name'] == dataset
-    assert config['system'] == collect.SYSTEMS[method]
+    assert config['system'] == results.SYSTEMS[method]
     assert config['model']['backbone']['name'] == backbone
     assert config['support']['shots'] == shots
     assert config['data']['args'].get('fold', 0) == 0
