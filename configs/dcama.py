@@ -36,6 +36,8 @@ def get_config(arg=None):
   config, fold = common.get_config(), int(arg.fold)
   with config.unlocked():
     config.data.args.update(data_dir='data', fold=fold, min_area=2048)
+    if arg.data == 'pascal':
+      config.data.args.lists = ''  # the folder of the published ones
   config.name, config.data.name = 'dcama', arg.data
   config.task, config.system = 'source', 'episodic'
   config.support.shots, config.seed = arg.shots, arg.seed

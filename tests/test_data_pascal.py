@@ -473,6 +473,25 @@ def write(folder, line, name='val/fold0.txt'):
   put({name: f'{line}\n'.encode()}, folder)
 
 
+def test_a_list_of_images(prepared, tmp_path):
+  """As BAM has it: its images, with our areas."""
+  data_dir, _, _ = prepared
+  whole = pascal.pool(data_dir, 0, 'train', min_area=1)
+  ids = [whole.source.ids[i] for i in sorted(set(whole.pairs[:, 0]))][:4]
+  path = tmp_path / 'merge.txt'
+  line = 'JPEGImages/{0}.jpg SegmentationClassAug/{0}.png\n'
+  path.write_text(''.join(line.format(x) for x in [*ids, 'unknown']))
+  pool = pascal.pool(data_dir, 0, 'train', min_area=1, lists=str(path))
+  keep = [whole.source.ids[i] in ids for i in whole.pairs[:, 0]]
+  assert pool.pairs.tolist() == whole.pairs[keep].tolist()
+  tested = pascal.pool(data_dir, 0, 'test', min_area=1)
+  other = pascal.pool(data_dir, 0, 'test', min_area=1, lists=str(path))
+  assert other.pairs.tolist() == tested.pairs.tolist()
+  path.write_text('JPEGImages/unknown.jpg x\n')
+  with pytest.raises(ValueError, match='names none of the'):
+    pascal.pool(data_dir, 0, 'train', min_area=1, lists=str(path))
+
+
 def test_wrong_lists(prepared, tmp_path):
   data_dir, records, _ = prepared
   id_ = next(iter(records['test']))

@@ -113,7 +113,7 @@ def pool(
   part='train',
   min_area=2048,
   exclusive=False,
-  lists=None,
+  lists='',
 ):
   """What episodes of PASCAL-5i are drawn from; see `core.pool`.
 
@@ -128,7 +128,7 @@ def pool(
       lines `<image>__<class>`: just these pairs, in their order; no area
       counts. Or one file with lines `JPEGImages/<image>.jpg ...`, as BAM and
       HDMNet have it (voc_sbd_merge_noduplicate.txt, 5953 of the 10582 training
-      images): just these images.
+      images): just these images, in the training part.
 
   Raises:
     FileNotFoundError: when it, or a list, is not there.
@@ -141,8 +141,8 @@ def pool(
       f'fold {fold!r} of part {part!r} is not one of 0..{FOLDS - 1}; 4, all '
       "classes, is for part 'train'"
     )
-  of_images = lists is not None and pathlib.Path(lists).expanduser().is_file()
-  if lists is not None and exclusive and not of_images:
+  of_images = bool(lists) and pathlib.Path(lists).expanduser().is_file()
+  if lists and exclusive and not of_images:
     raise ValueError('lists say which pairs there are: exclusive cannot')
   made = core.load_prepared(Pascal, data_dir, train=_ALL_TRAIN)
   source = getattr(made, part)
@@ -150,7 +150,7 @@ def pool(
   folds = [f for f in range(FOLDS) if (f == fold) == (part == 'test')]
   labels = [label for f in folds for label in fold_labels(f)]
   names = tuple(made.classes[label - 1] for label in labels)
-  if lists is not None and not of_images:
+  if lists and not of_images:
     pairs = _published(pathlib.Path(lists), part, folds, source, skipped)
     indices = [(i, labels.index(label)) for i, label in pairs]
     return core.Pool(
@@ -160,7 +160,7 @@ def pool(
       np.array(labels, np.int32),
     )
   found = core.pool(source, names, labels, min_area, exclusive=exclusive)
-  if of_images:
+  if of_images and part == 'train':
     keep = _listed_images(pathlib.Path(lists).expanduser(), source)
     pairs = found.pairs[np.isin(found.pairs[:, 0], keep)]
     return dataclasses.replace(found, pairs=pairs)
