@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import test_cluster
 import yaml
 from conftest import ROOT
 
@@ -81,7 +82,7 @@ def slurm(environment, *arguments, **more):
     env={**environment, **more},
     capture_output=True,
     text=True,
-    timeout=60,
+    timeout=600,
     check=False,
   )
 
@@ -150,7 +151,7 @@ def test_processes_find_each_other_under_slurm(stand_ins, tmp_path):
   """The real program, told of the others by SLURM's variables alone."""
   done = slurm(
     stand_ins,
-    '--config=configs/demo.py:smoke',
+    *test_cluster.CONFIG,
     f'--workdir={tmp_path}/runs/x',
     PYTHON=sys.executable,
     SLURM_SUBMIT_DIR=str(ROOT),
