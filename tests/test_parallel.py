@@ -208,3 +208,36 @@ def test_mapped_program_knows_its_share():
   y = np.arange(2.0 * over.size, dtype=np.float32)
   found = parallel.mapped(fn, over)(np.float32(2), y)
   assert float(found) == y.sum()
+
+
+def test_a_coordinator_that_is_not_there(monkeypatch):
+  monkeypatch.setattr(parallel, 'START', 0)
+  address = f'127.0.0.1:{_free_port()}'
+  with pytest.raises(ConnectionError, match=f'process 0 at {address} within'):
+    parallel.start(address, 2, 1)
+  with pytest.raises(ValueError, match="must be host:port, got 'node1'"):
+    parallel.start('node1', 2, 1)
+
+
+def test_gather_keeps_types():
+  """Alone it is one row; wide numbers stay wide."""
+  for x in (np.int64(2**40), np.float64(0.1), np.bool_(True), np.arange(3)):
+    found = parallel.gather(x)
+    assert found.shape == (1, *np.shape(x))
+    assert found.dtype == np.asarray(x).dtype
+    np.testing.assert_array_equal(found[0], x)
+
+
+def test_label_maps_of_all_processes(monkeypatch):
+  """Two processes, each with one of two maps."""
+  maps = [{3: {'teacher': np.full((4, 4), 1, np.uint8)}}, {}]
+  maps[1][7] = {'teacher': np.full((4, 4), 2, np.uint8)}
+  said = []
+  monkeypatch.setattr(parallel, 'gather', lambda x: said.append(x) or x[None])
+  for one in maps:
+    parallel.gather_maps(one, ('teacher',), (3, 7), 4)
+  both = [np.stack([said[0], said[2]]), np.stack([said[1], said[3]])]
+  monkeypatch.setattr(parallel, 'gather', lambda x: both.pop(0))
+  found = parallel.gather_maps(maps[0], ('teacher',), (3, 7), 4)
+  assert (found[3]['teacher'] == 1).all()
+  assert (found[7]['teacher'] == 2).all()
