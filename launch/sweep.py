@@ -396,8 +396,10 @@ class Local:
   def _listen(self):
     """From here on a signal ends the sweep in order."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-      # nohup and background jobs of scripts are not to hear of some.
-      if signal.getsignal(number) is not signal.SIG_IGN:
+      # nohup's are not to hear that the terminal is gone. What a script starts
+      # in the background would not hear of Ctrl-C, but who sends it means it.
+      hup = number == signal.SIGHUP
+      if not hup or signal.getsignal(number) is not signal.SIG_IGN:
         signal.signal(number, lambda number, _: self.signals.append(number))
 
   def _fill(self):
