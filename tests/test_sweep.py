@@ -117,6 +117,8 @@ class Home:
       command, cwd=self.path, text=True, start_new_session=True,
       stdout=subprocess.PIPE, stderr=subprocess.PIPE,
       env={**keep, 'PATH': path, 'PYTHONPATH': str(ROOT), **environment},
+      # These tests may be run by nohup, which it would inherit.
+      preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )  # fmt: skip
 
   def sweep(self, *arguments, **kwargs):

@@ -869,7 +869,7 @@ def test_unknown_pattern_lists_candidates():
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'system': 'distilfss'}, 'there are: distillfss, transferfss'),
+    ({'system': 'distilfss'}, 'there are: distillfss, episodic, transferfss'),
     ({'student': 'big'}, 'there are: attention, full, light'),
     ({'backbone_mode': 'eval'}, "'frozen' or 'reference', not 'eval'"),
     ({'model__voting': 2}, 'set model.voting='),

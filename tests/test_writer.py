@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing import (
   event_accumulator,
   plugin_event_accumulator,
 )
+from tensorboard.summary.writer import event_file_writer
 from tensorboard.util import tensor_util
 
 from distillfss_jax import writer
@@ -104,7 +105,11 @@ def test_numbers_that_are_not_finite(tmp_path):
 
 
 @pytest.mark.parametrize('reader', READERS)
-def test_resumed_run_reports_no_step_twice(tmp_path, reader):
+def test_resumed_run_reports_no_step_twice(tmp_path, reader, monkeypatch):
+  # Files of one second are ordered by a count in their names, 10 before 9.
+  monkeypatch.setattr(
+    event_file_writer, '_global_uid', event_file_writer.AtomicCounter(0)
+  )
   w = writer.create(tmp_path)
   for step in range(1, 6):
     w.write_scalars(step, {'loss': 1.0})
