@@ -85,9 +85,12 @@ if kind == 'short':
 (folder / 'results.json').write_text('{}')
 """
 
+# These tests may be run by nohup, which it would inherit.
 MAIN = """
+import signal
 import sys
 from launch import sweep
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sweep.MAIN = (sys.executable, sys.argv[1])
 sweep.POLL, sweep.GRACE = 0.01, float(sys.argv[2])
 sweep.main(sys.argv[3:])
@@ -117,8 +120,6 @@ class Home:
       command, cwd=self.path, text=True, start_new_session=True,
       stdout=subprocess.PIPE, stderr=subprocess.PIPE,
       env={**keep, 'PATH': path, 'PYTHONPATH': str(ROOT), **environment},
-      # These tests may be run by nohup, which it would inherit.
-      preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )  # fmt: skip
 
   def sweep(self, *arguments, **kwargs):
