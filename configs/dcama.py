@@ -3,8 +3,9 @@
     python -m distillfss_jax.prepare --dataset pascal --raw VOCdevkit
     python -m distillfss_jax.main --config configs/dcama.py:fold=0 --workdir runs/dcama --config.model.backbone.init=swin_b_384_microsoft
 
-Its folder is then a --config.model.init for other configs. Arguments after the colon: data=pascal|coco, fold=0|1|2|3 (whose classes are
-tested), shots=N, epochs=N, backbone=swin_b|resnet50, seed=N, smoke.
+Its folder is then a --config.model.init for other configs. Arguments after the
+colon: data=pascal|coco, fold=0|1|2|3 (whose classes are tested), shots=N,
+epochs=N, backbone=swin_b|resnet50, seed=N, smoke.
 
 The settings are the original's script: no support skip, the loss of the coarse
 maps, SGD with Nesterov's momentum, 2 episodes a step, 50 epochs. It keeps the

@@ -11,10 +11,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = 'data'
-START, SILENCE = (
-  300,
-  40,
-)  # seconds to find each other; that a dead one is silent
+START = 300  # seconds in which processes have to find each other
+SILENCE = 40  # after which one that says nothing is taken for dead
 
 
 def start(

@@ -128,6 +128,15 @@ def show_episodes(dataset, data_dir):
   return path
 
 
+def _episodes(dataset, data_dir):
+  """What to say of the sheet of episodes; a small copy may have too few."""
+  try:
+    path = show_episodes(dataset, data_dir)
+  except ValueError as error:
+    return f'no episodes to show: {error}\n'
+  return f'and at episodes: {path}\n' if path else ''
+
+
 def main(argv):
   """Runs the flags; 1 and one line instead of a traceback on a known error."""
   values = flags.FLAGS
@@ -144,8 +153,7 @@ def main(argv):
     if values.show:
       named = {k: v for k, v in options.items() if k == 'name'}
       print(f'look: {show(values.dataset, values.data_dir, **named)}')
-      if path := show_episodes(values.dataset, values.data_dir):
-        print(f'and at episodes: {path}')
+      print(_episodes(values.dataset, values.data_dir), end='')
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1

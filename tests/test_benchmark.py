@@ -181,6 +181,12 @@ def test_the_readme_reads_episodes(prepared):
   assert names['table'].shape == (1000, 3)
 
 
+def test_too_few_for_episodes_is_no_error(prepared):
+  """The contact sheet is there all the same; min_area is 2048."""
+  said = prepare._episodes('pascal', prepared('pascal'))
+  assert said.startswith('no episodes to show: no image has 2048 pixels')
+
+
 def test_others_have_no_episodes(prepared):
   assert prepare.show_episodes('kvasir', prepared('kvasir')) is None
 

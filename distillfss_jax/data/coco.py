@@ -15,7 +15,6 @@ labels are painted without the other instances, are not among them.
 """
 
 import collections
-import dataclasses
 import io
 import json
 import logging
@@ -108,19 +107,7 @@ def load(data_dir='data', fold=None, rule='interleaved', void=True):
       Coco, data_dir, lambda row: not set(kept).isdisjoint(row['present'])
     )
     made = core.select(made, kept)
-  if void:
-    return made
-  return dataclasses.replace(
-    made, train=_WithoutVoid(made.train), test=_WithoutVoid(made.test)
-  )
-
-
-class _WithoutVoid(core.Chosen):
-  """A source with background where it is void."""
-
-  def __init__(self, source):
-    super().__init__(source, range(1, source.present.shape[1] + 1))
-    self._table[255] = 0
+  return made if void else core.without_void(made)
 
 
 def pool(

@@ -62,11 +62,11 @@ class Dataset:
 class Chosen(Sequence):
   """A source with some of its labels, numbered anew; others are background."""
 
-  def __init__(self, source, labels):
-    """Takes a source and its labels that become 1, 2, ..."""
+  def __init__(self, source, labels, *, void=True):
+    """Takes a source, the labels to be 1, 2, ..., and whether void stays."""
     self._source = source
     self._table = np.zeros(256, np.uint8)
-    self._table[255] = 255
+    self._table[255] = 255 if void else 0
     self._table[list(labels)] = np.arange(1, len(labels) + 1)
     self.ids, self.sizes = source.ids, source.sizes
     self.present = source.present[:, np.array(labels) - 1]
@@ -92,6 +92,16 @@ def select(dataset, labels):
     (dataset.palette[0], *(dataset.palette[i] for i in labels)),
     Chosen(dataset.train, labels),
     Chosen(dataset.test, labels),
+  )
+
+
+def without_void(dataset):
+  """The same Dataset with background where it is void."""
+  labels = range(1, len(dataset.classes) + 1)
+  return dataclasses.replace(
+    dataset,
+    train=Chosen(dataset.train, labels, void=False),
+    test=Chosen(dataset.test, labels, void=False),
   )
 
 
@@ -213,19 +223,20 @@ class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
   # only with TensorFlow. So shards are small, and written one after the other.
   def _shard_iterators_per_split(self, dl_manager):
     del dl_manager  # the owners' download is read by `prepare`
-    iterators = {}
-    for name, checked in self.splits.items():
-      bar = _bar([], f'writing {name}', len(checked))
-      iterators[name] = [
-        functools.partial(self._records, first, shard, bar)
+    return {
+      name: [
+        functools.partial(self._records, name, first, shard)
         for first, shard in _shards(checked)
       ]
-    return iterators
+      for name, checked in self.splits.items()
+    }
 
   def _split_generators(self, dl_manager):
     raise NotImplementedError('see _shard_iterators_per_split')
 
-  def _records(self, first, checked, bar):
+  def _records(self, split, first, checked):
+    if not first:
+      self._bar = _bar([], f'writing {split}', len(self.splits[split]))
     encoded = _ahead(lambda one: one.image(), checked)
     for i, (one, image) in enumerate(zip(checked, encoded, strict=True)):
       yield (
@@ -238,9 +249,9 @@ class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
           'width': one.size[1],
         },
       )
-      bar.update()
-    if first + len(checked) == bar.total:
-      bar.close()
+      self._bar.update()
+    if first + len(checked) == self._bar.total:
+      self._bar.close()
 
 
 def _shards(checked):

@@ -90,21 +90,8 @@ def load(data_dir='data', fold=None, augmented=True, void=True):
   )
   if fold is not None:
     made = core.select(made, labels)
-  if not void:
-    # Parity: so the reference has PASCAL, whose scores know no void.
-    made = dataclasses.replace(
-      made, train=WithoutVoid(made.train), test=WithoutVoid(made.test)
-    )
-  return made
-
-
-class WithoutVoid(core.Chosen):
-  """A source whose void is background."""
-
-  def __init__(self, source):
-    """Takes a source; its labels stay."""
-    super().__init__(source, range(1, source.present.shape[1] + 1))
-    self._table[255] = 0
+  # Parity: the reference has PASCAL without void, which its scores do not know.
+  return made if void else core.without_void(made)
 
 
 def pool(

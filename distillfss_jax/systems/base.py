@@ -94,11 +94,16 @@ class AdaptedSystem(nnx.Module):
       confusion counts [b, 1+n, 1+n] on the queries.
     """
 
-  @abc.abstractmethod
   def predict(
     self, images: Array, memory, roles: tuple[str, ...]
   ) -> dict[str, Prediction]:
-    """Predictions by role for images [b, H, W, 3], at their own size."""
+    """Predictions by role for images [b, H, W, 3], at their own size.
+
+    Here of systems that have the teacher alone.
+    """
+    pyramid = self.teacher.encode(images)
+    size = images.shape[1:3]
+    return {role: self.teacher.segment(pyramid, memory, size) for role in roles}
 
   def memorize(self, support: Support):
     """The teacher's memory of a support set."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from distillfss_jax.ops import losses
 from distillfss_jax.systems import base
-from distillfss_jax.types import VOID, Prediction
+from distillfss_jax.types import VOID
 
 
 class Episodic(base.AdaptedSystem):
@@ -29,6 +29,8 @@ class Episodic(base.AdaptedSystem):
     self.weights = tuple(weights)
 
   def losses(self, bank, table, keys):
+    # They come as bytes: each step has others.
+    bank = bank.replace(labels=bank.labels.astype(jnp.int32))
     query, labels, support = self._episode(bank, table, keys)
     memory = self.teacher.memorize(*support, train=True, keys=keys)
     coarse = self.teacher.correlate(query, memory, train=True, keys=keys)
@@ -47,11 +49,6 @@ class Episodic(base.AdaptedSystem):
       for weight, part in zip(self.weights, parts.values(), strict=True)
     )
     return total, parts, {'teacher': base.confusion(labels, prediction)}
-
-  def predict(self, images, memory, roles=roles) -> dict[str, Prediction]:
-    pyramid = self.teacher.encode(images)
-    size = images.shape[1:3]
-    return {role: self.teacher.segment(pyramid, memory, size) for role in roles}
 
 
 def build(config, teacher, ways, backbone_trains, rngs):

@@ -6,7 +6,6 @@ others (2512.05613, section 3). At test time the support is still needed.
 
 from distillfss_jax.ops import losses
 from distillfss_jax.systems import base
-from distillfss_jax.types import Prediction
 
 
 class TransferFSS(base.AdaptedSystem):
@@ -31,11 +30,6 @@ class TransferFSS(base.AdaptedSystem):
     )
     loss = losses.focal(prediction.logits, labels, self.gamma)
     return loss, {}, {'teacher': base.confusion(labels, prediction)}
-
-  def predict(self, images, memory, roles=roles) -> dict[str, Prediction]:
-    pyramid = self.teacher.encode(images)
-    size = images.shape[1:3]
-    return {role: self.teacher.segment(pyramid, memory, size) for role in roles}
 
 
 def build(config, teacher, ways, backbone_trains, rngs):

@@ -105,7 +105,7 @@ class Task(base.Task):
     labels = stacked('labels', 'support_labels')
     present = (labels == 1).any((2, 3))[..., None]
     bank = parallel.share_steps(
-      Bank(images, labels.astype(np.int32), present, None, {}), self.over
+      Bank(images, labels, present, None, {}), self.over
     )
     table, valid = self._places()
     return (
