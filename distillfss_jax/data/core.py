@@ -17,6 +17,7 @@ import functools
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -237,7 +238,7 @@ class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
   def _records(self, split, first, checked):
     if not first:
       self._bar = _bar([], f'writing {split}', len(self.splits[split]))
-    encoded = _ahead(lambda one: one.image(), checked)
+    encoded = ahead(lambda one: one.image(), checked, lambda one: one.whole)
     for i, (one, image) in enumerate(zip(checked, encoded, strict=True)):
       yield (
         first + i,
@@ -350,6 +351,7 @@ class Checked:
   size: tuple[int, int]
   areas: dict[int, int]  # pixels of the labels that occur, but 0 and void
   digest: str  # of the image's pixels; '' where all are alike
+  whole: str  # the file that it is cut from, or its id
 
 
 def png(array):
@@ -380,17 +382,24 @@ def _bar(items, what, total):
   return tqdm(items, desc=what, unit='image', mininterval=0.5, total=total)
 
 
-def _ahead(function, items):
-  """Maps in threads, in order, only a few items ahead of who reads."""
+def ahead(function, items, whole=lambda item: item):
+  """Maps in threads, in order, only a few items ahead of who reads.
+
+  Neighbours that are the same `whole` are left to one thread, one by one.
+  """
+
+  def together(group):
+    return [function(item) for item in group]
+
   workers = os.cpu_count() or 1
-  waiting, items = collections.deque(), iter(items)
+  waiting = collections.deque()
   with concurrent.futures.ThreadPoolExecutor(workers) as threads:
-    for item in items:
-      waiting.append(threads.submit(function, item))
+    for _, group in itertools.groupby(items, whole):
+      waiting.append(threads.submit(together, list(group)))
       if len(waiting) > 2 * workers:
-        yield waiting.popleft().result()
+        yield from waiting.popleft().result()
     while waiting:
-      yield waiting.popleft().result()
+      yield from waiting.popleft().result()
 
 
 def check(layout, *, skip_bad):
@@ -420,11 +429,13 @@ def check(layout, *, skip_bad):
       raw = np.ascontiguousarray(pixels)
       digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
     read = functools.partial(encoded, id_)
-    return Checked(id_, read, png(made), pixels.shape[:2], areas, digest)
+    size = pixels.shape[:2]
+    return Checked(id_, read, png(made), size, areas, digest, whole(id_))
 
   ids = layout.ids
   encoded = getattr(layout, 'encoded', lambda id_: png(layout.image(id_)))
-  found = list(_bar(_ahead(one, ids), 'checking', len(ids)))
+  whole = getattr(layout, 'whole', lambda id_: id_)
+  found = list(_bar(ahead(one, ids, whole), 'checking', len(ids)))
   good = [x for x in found if isinstance(x, Checked)]
   bad = {i: x for i, x in zip(ids, found, strict=True) if isinstance(x, str)}
   if bad and not skip_bad:
@@ -470,7 +481,8 @@ def prepare(builder, layout, raw, data_dir, *, skip_bad=False):
       testing. It may give the file, `encoded(id)`, that `image(id)` decodes,
       JPEG or PNG, to be kept as it is. It may say below which folder, `top`,
       its files lie, and raises ValueError where nothing of its form is there.
-      Its methods are called by several threads.
+      Its methods are called by several threads. Those that follow each other of
+      one file, `whole(id)`, are left to one of them, which may keep it.
     raw: the folder or zip.
     data_dir: folder of all prepared datasets.
     skip_bad: leave out images with a bad file instead of failing.

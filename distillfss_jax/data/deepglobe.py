@@ -81,11 +81,7 @@ class Layout:
   def __init__(self, files, split_name=None, unknown='void'):
     """Reads all masks to find the tiles to keep; ValueError without any."""
     self._files = files
-    # All tiles of an image follow each other: it is decoded once for them, by
-    # the first thread that wants one; others may be an image behind.
-    self._lock = threading.RLock()
-    self._image = functools.lru_cache(maxsize=2)(self._read_image)
-    self._colours = functools.lru_cache(maxsize=2)(self._read_colours)
+    self._last = threading.local()  # what a thread decoded, for its tiles
     self._labels = np.where(_LABELS, _LABELS, UNKNOWN[unknown]).astype(np.uint8)
     found = [x for x in map(_FILE.fullmatch, files.names) if x]
     tops = sorted({x['top'] for x in found if x[3] == 'mask.png'})
@@ -106,18 +102,22 @@ class Layout:
       )
     self._test = self._listed(split_name)
     self._bad = {}  # id of a whole image: why its mask has no tiles
-    self.ids = []
-    for id_ in tqdm(whole, desc='tiling', unit='image', mininterval=0.5):
-      try:
-        self.ids += _kept(id_, self._colours(id_))
-      except core.BadFileError as error:
-        self._bad[id_] = error
-        self.ids.append(id_)
+    tiled = core.ahead(self._tiles, whole)
+    bar = tqdm(tiled, 'tiling', len(whole), unit='image', mininterval=0.5)
+    self.ids = [id_ for ids in bar for id_ in ids]
     if not self.ids:
       raise ValueError(
         f'{files}: none of {len(whole)} images has a tile with two colours '
         f'that each cover more than {RAREST:.1%} of it: {Deepglobe.DOWNLOAD}'
       )
+
+  def _tiles(self, whole):
+    """The ids of an image's tiles to keep; its own if there can be none."""
+    try:
+      return _kept(whole, self._colours(whole))
+    except core.BadFileError as error:
+      self._bad[whole] = error
+      return [whole]
 
   def _listed(self, split_name):
     """The ids of test.csv, or None to draw them."""
@@ -142,7 +142,7 @@ class Layout:
     """
     tiles = {}
     for i in ids:
-      tiles.setdefault(i.partition('_')[0], []).append(i)
+      tiles.setdefault(self.whole(i), []).append(i)
     if self._test is None:
       test = [i for whole in core.held_out(tiles) for i in tiles[whole]]
     else:
@@ -156,30 +156,32 @@ class Layout:
     held_out = set(test)
     return {'train': [i for i in ids if i not in held_out], 'test': test}
 
+  def whole(self, id_):
+    """The id of the image that a tile is of."""
+    return id_.partition('_')[0]
+
   def image(self, id_):
     """Reads the image of a tile, uint8 [H, W, 3]."""
-    if id_ in self._bad:
-      raise self._bad[id_]
-    whole, _, place = id_.partition('_')
-    with self._lock:
-      image = self._image(whole)
-    return _tile(image, *map(int, place))
+    return self._cut(id_)[0]
 
   def label(self, id_, size):
     """Reads the mask of a tile, uint8 [H, W]: 1..6 and the unknown's label."""
     del size  # it was compared for the whole image
+    return self._labels[self._cut(id_)[1]]
+
+  def _cut(self, id_):
+    """A tile and its colours; tiles of one image decode it once."""
     whole, _, place = id_.partition('_')
-    with self._lock:
+    if whole in self._bad:
+      raise self._bad[whole]
+    if getattr(self._last, 'whole', None) != whole:
+      image = self._files.decode(f'{self.top}{whole}_sat.jpg', 'RGB')
       colours = self._colours(whole)
-    return self._labels[_tile(colours, *map(int, place))]
+      core.same_size(f'{self.top}{whole}_mask.png', colours, image.shape[:2])
+      self._last.whole, self._last.pair = whole, (image, colours)
+    return [_tile(array, *map(int, place)) for array in self._last.pair]
 
-  def _read_image(self, id_):
-    image = self._files.decode(f'{self.top}{id_}_sat.jpg', 'RGB')
-    mask = f'{self.top}{id_}_mask.png'
-    core.same_size(mask, self._colours(id_), image.shape[:2])
-    return image
-
-  def _read_colours(self, id_):
+  def _colours(self, id_):
     """Reads a mask, uint8 [H, W] in 0..7: which of the channels are on.
 
     Parity: the owners ask for a threshold of 128 because the masks may not be
