@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from trees import pack, put
 
-from distillfss_jax.data import core, folder
+from distillfss_jax.data import core, folder, meaning
 
 SIZE = (12, 16)
 IDS = ['a', 'b', 'c', 'd', 'e']
@@ -132,7 +132,7 @@ def test_prepare_and_load(tmp_path, caplog):
   dataset = folder.load(tmp_path / 'data', 'my_pets')
   assert dataset.name == manifest['name'] == 'my_pets'
   assert dataset.classes == ('cat', 'big dog')
-  assert dataset.palette == folder.palette(2)
+  assert dataset.palette == meaning.palette(2)
   assert list(dataset.test.ids) == core.held_out(IDS)
   assert list(dataset.train.ids) == sorted(set(IDS) - {*dataset.test.ids})
   labels = {'a': drawn([1, 2, 255])}
@@ -679,7 +679,7 @@ def test_bad_colours(tmp_path):
 def test_count():
   values = np.random.RandomState(0).randint(-1, 4, (9, 7)) * 1000
   for found, expected in zip(
-    folder._count(values), np.unique(values, return_counts=True), strict=True
+    meaning._count(values), np.unique(values, return_counts=True), strict=True
   ):
     np.testing.assert_array_equal(found, expected)
 

@@ -145,7 +145,7 @@ def test_siblings_do_not_import_each_other(path):
     return  # ops build on ops; a folder's __init__ looks its files up
   for there in ours(path) - {PACKAGE}:
     # Helpers that datasets share below core.
-    helpers = ['transforms', 'masks'] if unit(here) == 'data' else []
+    helpers = ['transforms', 'masks', 'meaning'] if unit(here) == 'data' else []
     allowed = (*SHARED_FILES, *helpers)
     assert unit(here) != unit(there) or MODULES[there].stem in allowed, (
       f'{here} imports its sibling {there}; what both need belongs in '

@@ -39,7 +39,8 @@ from distillfss_jax import data
 MANIFEST = 'manifest.json'
 SHARD = 1 << 29  # bytes of decoded images in a file of records
 _NOT_DATASETS = (
-  'augment', 'core', 'episodes', 'masks', 'pipeline', 'support', 'transforms',
+  'augment', 'core', 'episodes', 'masks', 'meaning', 'pipeline', 'support',
+  'transforms',
 )  # fmt: skip
 
 
@@ -352,6 +353,13 @@ class Checked:
   areas: dict[int, int]  # pixels of the labels that occur, but 0 and void
   digest: str  # of the image's pixels; '' where all are alike
   whole: str  # the file that it is cut from, or its id
+
+
+def few(items, most=5):
+  """Names a few of many, in a line."""
+  items = [str(x) for x in items]
+  more = [f'and {len(items) - most} more'] if len(items) > most else []
+  return ', '.join([*items[:most], *more])
 
 
 def png(array):
