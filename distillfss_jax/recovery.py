@@ -6,6 +6,8 @@ the same command again goes on. One process at a time works in a folder.
 """
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -25,6 +27,8 @@ LOCK = 'lock'
 ECHO = 2.0  # seconds in which a signal's repetition is the same signal
 BEAT = 10.0  # seconds between an owner's signs of life
 SILENCE = 45.0  # without any, an owner on another host is taken for dead
+HALF = 2.0  # a lock may be half written where it cannot be made at once
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 class InUseError(ValueError):
@@ -118,14 +122,17 @@ class Lock:
       OSError: the lock cannot be read or written.
     """
     while not self._create():
-      owner = self._other()
+      seen = self._look()
+      owner = _whole(seen[-1]) if seen else None
       if owner is not None and self._lives(owner):
         raise InUseError(
           f'{self._path.parent} is in use by process {owner["pid"]} on '
           f'{owner["host"]}: wait for it, stop it, or give another --workdir. '
           f'(If it is dead, remove {self._path})'
         )
-      self._remove(owner)
+      if owner is None and seen is not None:
+        time.sleep(HALF)  # it may be being written
+      self._remove(seen)
     self._thread = threading.Thread(target=self._beat, daemon=True)
     self._thread.start()
     return self
@@ -147,6 +154,25 @@ class Lock:
       )
 
   def _create(self):
+    """Makes the lock where there is none; says whether it is this one's."""
+    # A link appears with all its content: nobody ever sees half a lock.
+    whole = self._path.with_name(f'.{LOCK}.{self._mine["token"]}')
+    whole.write_text(self._text(0))
+    try:
+      os.link(whole, self._path)
+    except FileExistsError:
+      # NFS may say so of the link that it has just made.
+      return (_owner(self._path) or {}).get('token') == self._mine['token']
+    except OSError as error:
+      if error.errno not in _NO_LINKS:
+        raise
+      return self._create_in_place()
+    finally:
+      whole.unlink(missing_ok=True)
+    return True
+
+  def _create_in_place(self):
+    """The same on a file system without links."""
     try:
       with self._path.open('x') as file:
         file.write(self._text(0))
@@ -154,29 +180,18 @@ class Lock:
       return False
     return True
 
-  def _other(self):
-    """Who has the lock; None where nobody writes a whole one."""
-    for _ in range(20):  # it may be being written
-      owner = _owner(self._path)
-      if owner is not None or not self._path.exists():
-        return owner
-      time.sleep(0.1)
+  def _look(self):
+    """What tells the lock that is there from any other; None without one."""
+    with contextlib.suppress(FileNotFoundError), self._path.open('rb') as file:
+      about = os.fstat(file.fileno())
+      return about.st_ino, about.st_mtime_ns, file.read()
     return None
 
-  def _remove(self, owner):
-    """Removes a stale lock, if it is still this one."""
-    # One at a time: between a look and a removal another could have come.
-    guard = self._path.with_name(f'{LOCK}.removing')
-    for _ in range(50):
-      with contextlib.suppress(FileExistsError):
-        guard.open('x').close()
-        break
-      time.sleep(0.1)  # whoever removes takes no second, or was killed
-    try:
-      if _owner(self._path) == owner:
+  def _remove(self, seen):
+    """Removes a stale lock, if it is still the one that was seen."""
+    with _one_at_a_time(self._path.parent):
+      if seen is not None and self._look() == seen:
         self._path.unlink(missing_ok=True)
-    finally:
-      guard.unlink(missing_ok=True)
 
   def _text(self, count):
     return json.dumps({**self._mine, 'count': count})
@@ -209,6 +224,20 @@ class Lock:
       if _owner(self._path) != owner:
         return True
     return False
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder):
+  """Among all that ask for a folder; without it where the system cannot."""
+  # Between a look and a removal another could have come. What the system locks
+  # for a process is free when that is dead.
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    with contextlib.suppress(OSError):  # NFS cannot lock folders
+      fcntl.flock(handle, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(handle)
 
 
 def _me():
@@ -255,7 +284,15 @@ def _read(path):
 def _owner(path):
   """What a lock says; None where it is gone or not whole."""
   try:
-    owner = json.loads(path.read_text())
+    return _whole(path.read_bytes())
+  except FileNotFoundError:
+    return None
+
+
+def _whole(text):
+  """The owner that a lock's content names; None where it is not whole."""
+  try:
+    owner = json.loads(text)
     return owner if {'host', 'boot', 'pid', 'started'} <= set(owner) else None
-  except (FileNotFoundError, ValueError, TypeError):
+  except (ValueError, TypeError):
     return None

@@ -1,5 +1,6 @@
 """One process at a time in a run's folder, and signals that end it well."""
 
+import errno
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import time
 
 import pytest
 
-from distillfss_jax import recovery
+from distillfss_jax import files, recovery
 
 ELSEWHERE = {'host': 'far', 'boot': 'b', 'pid': 7, 'started': '1', 'token': 't'}
 
@@ -23,7 +24,8 @@ def quick(monkeypatch):
 
 
 def write(folder, **owner):
-  (folder / 'lock').write_text(json.dumps({**ELSEWHERE, **owner}))
+  text = json.dumps({**ELSEWHERE, **owner})
+  files.write_atomically(folder / 'lock', text)
 
 
 def here(**other):
@@ -88,7 +90,7 @@ def test_an_unreadable_lock(tmp_path):
     pass
 
 
-def test_an_owner_elsewhere_that_lives(tmp_path, quick):
+def test_an_owner_elsewhere_that_lives(tmp_path):
   write(tmp_path, count=0)
   ended = threading.Event()
 
@@ -140,25 +142,79 @@ def test_a_folder_that_was_taken_over(tmp_path, quick):
   assert (tmp_path / 'lock').exists()  # it is the other's
 
 
-def test_of_many_one_takes_a_stale_lock(tmp_path):
-  write(tmp_path, **here(started='12'))
-  barrier, taken, refused = threading.Barrier(8), [], []
+def storm(folder, count=8):
+  """Asks for a folder from many sides at once; how many had it together."""
+  barrier, guard = threading.Barrier(count), threading.Lock()
+  inside, most, taken, refused = 0, 0, [], []
 
   def take():
+    nonlocal inside, most
     barrier.wait()
     try:
-      with recovery.Lock(tmp_path):
-        taken.append(1)
-        time.sleep(1)
-    except ValueError:
+      with recovery.Lock(folder):
+        with guard:
+          inside += 1
+          most = max(most, inside)
+          taken.append(1)
+        # Until all others were refused, so that none of them comes too late.
+        until = time.monotonic() + 60
+        while len(refused) < count - 1 and most == 1:
+          assert time.monotonic() < until
+          time.sleep(0.001)
+        with guard:
+          inside -= 1
+    except recovery.InUseError:
       refused.append(1)
 
-  threads = [threading.Thread(target=take) for _ in range(8)]
+  threads = [threading.Thread(target=take) for _ in range(count)]
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join()
-  assert (len(taken), len(refused)) == (1, 7)
+  return most, len(taken), len(refused)
+
+
+def no_links(*args):
+  raise OSError(errno.EPERM, 'not here')
+
+
+@pytest.mark.parametrize('links', [True, False])
+def test_of_many_one_takes_a_stale_lock(tmp_path, monkeypatch, links):
+  if not links:
+    monkeypatch.setattr(os, 'link', no_links)
+  for i in range(20):
+    folder = tmp_path / f'{i}'
+    folder.mkdir()
+    write(folder, **here(started='12'))
+    assert storm(folder) == (1, 1, 7)
+    assert not list(folder.iterdir())
+
+
+def test_a_lock_that_is_being_made_is_not_stale(tmp_path, monkeypatch):
+  """Of the way without links: somebody comes between its file and its text."""
+  monkeypatch.setattr(os, 'link', no_links)
+  slow = recovery.Lock(tmp_path)
+  opened, texts = threading.Event(), [slow._text(0)]
+
+  def slowly(count):
+    if texts:
+      return texts.pop()  # the one that is to be linked
+    opened.set()
+    time.sleep(0.5)
+    return recovery.Lock._text(slow, count)
+
+  monkeypatch.setattr(slow, '_text', slowly)
+  owners = []
+  thread = threading.Thread(target=lambda: owners.append(slow.__enter__()))
+  thread.start()
+  assert opened.wait(60)
+  with pytest.raises(recovery.InUseError), recovery.Lock(tmp_path):
+    pass
+  thread.join()
+  slow.check()
+  slow.__exit__()
+  assert owners == [slow]
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_signal_waits_for_the_step(capfd, monkeypatch):
