@@ -1,17 +1,21 @@
 """Scores a system on a test set, knowing it by `predict` alone."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from distillfss_jax import parallel, writer
 from distillfss_jax.data import core, pipeline
 from distillfss_jax.ops import metrics, resize
 from distillfss_jax.ops.metrics import Confusion
+
+BAND = 256  # rows at once, of scoring at the images' own sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +25,9 @@ class Scored:
   confusions: {role: {'test': ..., 'test_native': ...}}, at the model's size
     and, if asked for, at the images' own.
   shown: {test index: {role: uint8 label map at the model's size}}, of the
-  shown: {test index: {role: uint8 label map at the model's size}}, of the
-    images asked for  seconds: how long it took; images: how many were scored.
+    images asked for.
+  seconds: how long it took.
+  images: how many were scored.
   """
 
   confusions: dict[str, dict[str, Confusion]]
@@ -137,9 +142,41 @@ def _count(logits, batch, classes):
     labels = batch['labels'].astype('int32')
     counts[role] = {'test': metrics.count(labels, maps[role], classes)}
     if 'native_labels' in batch:
-      native = batch['native_labels'].astype('int32')
-      stretched = resize.to_canvas(x, batch['sizes'], native.shape[1:])
-      counts[role]['test_native'] = metrics.count(
-        native, stretched.argmax(-1), classes
+      counts[role]['test_native'] = _count_native(
+        x, batch['sizes'], batch['native_labels'], classes
       )
   return counts, maps
+
+
+def _count_native(logits, sizes, labels, classes):
+  """Pixel counts [classes, classes] at the images' own sizes.
+
+  Stretched logits of a large image take gigabytes, so they are made and
+  forgotten a band of rows at a time.
+
+  Args:
+    logits: [b, h, w, classes].
+    sizes: [b, 2] int32, rows and columns of each image.
+    labels: [b, H, W] of one canvas for all, void where an image has ended.
+    classes: background counts.
+  """
+  height, width = labels.shape[1:]
+  band = math.gcd(BAND, height)
+  taps = jax.vmap(resize.taps, (None, 0, None))
+  rows = taps(logits.shape[1], sizes[:, 0], height)
+  columns = taps(logits.shape[2], sizes[:, 1], width)
+  lerp = jax.vmap(resize.lerp, (0, 0, None))
+  wide = lerp(logits, columns, 1)  # [b, h, W, classes]
+
+  def add(i, counts):
+    mine, truth = jax.tree.map(
+      lambda x: jax.lax.dynamic_slice_in_dim(x, i * band, band, 1),
+      (rows, labels),
+    )
+    answer = lerp(wide, mine, 0).argmax(-1)
+    return counts + metrics.count(truth, answer, classes)
+
+  # Where all images have ended there is nothing to count.
+  bands = -(-sizes[:, 0].max() // band)
+  nothing = jnp.zeros((classes, classes), jnp.int32)
+  return jax.lax.fori_loop(0, bands, add, nothing)

@@ -39,29 +39,24 @@ def matrix(n: int, size: int, *, align_corners: bool) -> np.ndarray:
   return weights.astype(np.float32)
 
 
-def to_canvas(x: Array, sizes: Array, canvas: tuple[int, int]) -> Array:
-  """Resizes each image of a batch to its own size inside one static canvas.
+def taps(n: int, size: Array, canvas: int) -> tuple[Array, Array, Array]:
+  """Where pixels come from when n are resized to `size`, for `lerp`.
 
-  Args:
-    x: [b, h, w, c].
-    sizes: [b, 2] int32, the height and width wanted, at most the canvas.
-    canvas: (H, W) of the result; what lies outside an image's size repeats its
-      border and means nothing.
+  Half-pixel centres, no antialiasing: `matrix` without `align_corners`, for a
+  size that only the data says, in an array of `canvas`.
 
   Returns:
-    [b, H, W, c], bilinear, half-pixel centres, no antialiasing.
+    low, high [canvas] int32 and share [canvas]: pixel i is (1 - share) of pixel
+    low and share of pixel high; from `size` on they repeat the border.
   """
-
-  def one(image, size):
-    rows = _traced_matrix(image.shape[0], size[0], canvas[0])
-    cols = _traced_matrix(image.shape[1], size[1], canvas[1])
-    return jnp.einsum('Hh,Ww,hwc->HWc', rows, cols, image, optimize='optimal')
-
-  return jax.vmap(one)(x, sizes)
-
-
-def _traced_matrix(n: int, size: Array, canvas: int) -> Array:
-  """[canvas, n] weights whose first `size` rows resize n pixels to `size`."""
   position = (jnp.arange(canvas) + 0.5) * (n / size) - 0.5
   position = jnp.clip(position, 0, n - 1)
-  return jnp.maximum(0, 1 - jnp.abs(position[:, None] - jnp.arange(n)))
+  low = jnp.floor(position).astype(jnp.int32)
+  return low, jnp.minimum(low + 1, n - 1), position - low
+
+
+def lerp(x: Array, taps: tuple[Array, Array, Array], axis: int) -> Array:
+  """Interpolates along an axis of x, as `taps` say."""
+  low, high, share = taps
+  share = share.reshape(-1, *(1,) * (x.ndim - 1 - axis))
+  return jnp.take(x, low, axis) * (1 - share) + jnp.take(x, high, axis) * share
