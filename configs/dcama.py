@@ -37,8 +37,11 @@ def get_config(arg=None):
   config, fold = common.get_config(), int(arg.fold)
   with config.unlocked():
     config.data.args.update(data_dir='data', fold=fold, min_area=2048)
+    config.data.args.exclusive = False  # with images that show test classes
     if arg.data == 'pascal':
       config.data.args.lists = ''  # the folder of the published ones
+    else:
+      config.data.args.rule = 'interleaved'  # which classes are of a fold
   config.name, config.data.name = 'dcama', arg.data
   config.task, config.system = 'source', 'episodic'
   config.support.shots, config.seed = arg.shots, arg.seed

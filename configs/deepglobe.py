@@ -3,8 +3,10 @@
     python -m distillfss_jax.prepare --dataset deepglobe --raw land-train
     python -m distillfss_jax.main --config configs/deepglobe.py:shots=6
 
-Arguments after the colon: see `common.ARGUMENTS`. The paper's tables leave it
-out: these are the settings that the original's configuration has for it.
+Arguments after the colon: see `common.ARGUMENTS`. Shots are divided among the
+classes: a multiple of 6. The paper's tables leave it out: these are settings of
+the original's configuration, which has TransferFSS only, on five tiles that it
+names.
 """
 
 from configs import common

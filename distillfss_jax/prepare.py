@@ -30,9 +30,7 @@ def run(dataset, raw, data_dir, **options):
   if not hasattr(module, 'prepare'):
     print(f'{dataset} is made while it is read: nothing needs preparing.')
     return
-  known = inspect.signature(module.prepare).parameters
-  if strange := [f'--{name}' for name in options if name not in known]:
-    raise ValueError(f'{dataset} does not take {", ".join(strange)}')
+  _check_takes(dataset, module.prepare, options)
   start = time.perf_counter()
   manifest, new = module.prepare(raw, data_dir, **options)
   name = manifest['name']
@@ -40,7 +38,10 @@ def run(dataset, raw, data_dir, **options):
   splits = collections.Counter(row['split'] for row in manifest['records'])
   counts = ', '.join(f'{count} {split}' for split, count in splits.items())
   if not new:
-    print(f'{name} is prepared already: {counts} images in {place}.')
+    print(
+      f'{name} is prepared already: {counts} images in {place}; remove that '
+      'folder to do it again.'
+    )
     return
   for id_, reason in manifest['skipped'].items():
     print(f'left out {id_}: {reason}')
@@ -48,6 +49,12 @@ def run(dataset, raw, data_dir, **options):
   print(f'{name}: {counts} images in {place}, {seconds:.0f} s.')
   if hasattr(module, 'summary'):
     print(module.summary(manifest))
+
+
+def _check_takes(dataset, function, options):
+  known = inspect.signature(function).parameters
+  if strange := [f'--{name}' for name in options if name not in known]:
+    raise ValueError(f'{dataset} does not take {", ".join(strange)}')
 
 
 def show(dataset, data_dir, **options):
@@ -60,6 +67,7 @@ def show(dataset, data_dir, **options):
     ValueError, OSError: with one line that says what is wrong.
   """
   load = core.module(dataset).load
+  _check_takes(dataset, load, options)
   if 'data_dir' in inspect.signature(load).parameters:
     options['data_dir'] = data_dir
   made = load(**options)
@@ -145,7 +153,7 @@ def main(argv):
       raise ValueError(f'what is {argv[1:]}? Options are --dataset, --raw, ...')
     options = {
       name: values[name].value
-      for name in ('skip_bad', 'split', 'name')
+      for name in ('skip_bad', 'split', 'name', 'unknown')
       if values[name].value
     }
     if values.raw or not values.show:
@@ -157,6 +165,9 @@ def main(argv):
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
+  except KeyboardInterrupt:
+    print('stopped; the same command starts again', file=sys.stderr)
+    return 130
   return 0
 
 
@@ -167,6 +178,7 @@ def define_flags():
   flags.DEFINE_string('data_dir', 'data', 'Folder of all prepared datasets.')
   flags.DEFINE_string('split', None, 'Rule that divides train and test.')
   flags.DEFINE_string('name', None, "What to call a folder's dataset.")
+  flags.DEFINE_string('unknown', None, "What DeepGlobe's black is: void.")
   flags.DEFINE_bool('show', False, 'Write a contact sheet of what is there.')
   flags.DEFINE_bool('skip_bad', False, 'Leave out images with bad files.')
 

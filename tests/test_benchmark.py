@@ -5,6 +5,7 @@ The raw trees are those that the datasets' own tests check the labels of.
 
 import functools
 import importlib
+import json
 from unittest import mock
 
 import numpy as np
@@ -124,6 +125,27 @@ def test_a_support_is_chosen_and_shown(name, prepared):
   options = {'name': 'mine'} if name == 'folder' else {}
   path = prepare.show(name, data_dir, **options)
   assert path.stat().st_size > 1000
+
+
+@pytest.mark.parametrize('part', ['train', 'test'])
+@pytest.mark.parametrize('name', sorted(set(TREES) - {'folder'}))
+def test_a_bad_image_divides_no_other(name, part, prepared, tmp_path):
+  """What --skip_bad leaves out does not deal the others anew."""
+  raw = prepared(name).parent / 'raw'
+  place = next((prepared(name) / name).glob(f'*/{core.MANIFEST}'))
+  rows = json.loads(place.read_text())['records']
+  lost = next(row['id'] for row in rows if row['split'].startswith(part))
+  check = core.check
+
+  def check_and_lose(layout, *, skip_bad):
+    good, bad = check(layout, skip_bad=skip_bad)
+    return [x for x in good if x.id != lost], {**bad, lost: 'is lost'}
+
+  with mock.patch.object(core, 'check', check_and_lose):
+    made, _ = core.module(name).prepare(raw, tmp_path / 'data', skip_bad=True)
+  assert made['skipped'] == {lost: 'is lost'}
+  left = [(row['split'], row['id']) for row in made['records']]
+  assert left == [(x['split'], x['id']) for x in rows if x['id'] != lost]
 
 
 def test_which_have_episodes():

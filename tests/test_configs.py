@@ -90,6 +90,56 @@ def test_smoke_is_small(name):
     assert config[same] == whole[same]
 
 
+# Of 2512.05613's experiments: (steps, subsample, kind of episodes, rule of the
+# support) of DistillFSS, and the steps of TransferFSS.
+PAPER = {
+  'isic': (1000, 3, 'paired', 'per_class', 1000),
+  'industrial': (1000, 3, 'paired', 'per_class', 1000),
+  'kvasir': (1000, 1, 'leave_one_out', 'even', 1000),
+  'lung': (200, 1, 'leave_one_out', 'even', 250),
+  'nucleus': (2500, 1, 'leave_one_out', 'even', 2500),
+  'pothole': (1000, 1, 'leave_one_out', 'even', 2500),
+  'weedmap': (1000, 1, 'paired', 'even', 1000),
+}
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_settings_of_the_paper(name):
+  *settings, transfer_steps = PAPER[name]
+  for method in ('distill', 'transfer'):
+    config = load(name, f'method={method}')
+    distills = method == 'distill'
+    episodes = config.episodes
+    assert config.steps == (settings[0] if distills else transfer_steps)
+    found = [episodes.subsample, episodes.kind, config.support.rule]
+    assert found == settings[1:]
+    assert config.optim.trainable == (('D', 'student') if distills else ('D',))
+    assert config.model.voting == (0 if distills else 10)
+    assert config.student == 'full'
+    assert config.system == f'{method}fss'
+    assert config.backbone_mode == 'frozen'
+    assert config.loss.to_dict() == {
+      'gamma': 2.0, 'teacher': 1 / 3, 'student': 1 / 3, 'coarse': 1 / 3,
+      'logits': 0.5, 'maps': 2.0, 'detach': False, 'scale': 'reference',
+    }  # fmt: skip
+    assert (config.optim.name, config.optim.schedule) == ('adamw', 'constant')
+    assert (config.optim.lr, config.optim.weight_decay) == (1e-3, 0.01)
+    assert (config.optim.b1, config.optim.b2) == (0.9, 0.999)
+    assert config.data.image_size == 384
+    assert config.model.backbone.name == 'swin_b'
+    assert (config.model.concat_support, config.model.dropout) == (False, 0.5)
+    assert (config.episodes.draws, config.model.mix_size) == (0, 0)
+
+
+def test_shots_of_the_paper():
+  """As many as its tables have: 5 to 50, but where classes share them."""
+  for name in PAPER:
+    module = importlib.import_module(f'configs.{name}')
+    shots = {entry['shots'] for entry in module.sweep()}
+    other = {'isic': {9, 15, 30, 60}, 'industrial': {10, 20, 40, 80}}
+    assert shots == other.get(name, {5, 10, 25, 50})
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_the_docstring_gives_commands_that_load(name):
   text = importlib.import_module(f'configs.{name}').__doc__

@@ -331,7 +331,9 @@ def test_2017_and_what_is_said_of_it(tmp_path, caplog):
   assert '1 of its 3 images have none' in caplog.text
   assert '3 images are there, its owners publish 122218' in caplog.text
   check(coco.load(tmp_path / 'data'), made)
-  assert coco.prepare('gone', tmp_path / 'data')[1] is False
+  assert coco.prepare('gone', tmp_path / 'data', split='2017')[1] is False
+  with pytest.raises(ValueError, match='prepared with split 2017, not 2014'):
+    coco.prepare(raw, tmp_path / 'data')
 
 
 def change(files, edit, name=TRAIN):

@@ -148,6 +148,59 @@ def test_prepare_and_load(tmp_path, caplog):
   assert not warnings(caplog)
 
 
+def test_a_folder_that_has_changed_is_not_passed_over(tmp_path):
+  files = tree([grey([1])], classes='cat\n')
+  raw = put(files, tmp_path / 'raw')
+  folder.prepare(raw, tmp_path / 'data', name='pets')
+  assert not folder.prepare(raw, tmp_path / 'data', name='pets')[1]
+  for name, contents in (
+    ('classes.txt', b'dog\n'),  # as long as it was
+    ('masks/a.png', grey([1], (20, 20))),
+    ('images/z.png', encoded(photo(9))),
+  ):
+    put({name: contents}, raw)
+    with pytest.raises(ValueError, match=r'contents \d+ files .*, not \d+'):
+      folder.prepare(raw, tmp_path / 'data', name='pets')
+    if name in files:
+      put(files, raw)
+
+
+def test_numbered_objects_are_asked_about(tmp_path):
+  """Masks of one class whose objects are numbered look like many classes."""
+  numbered = [grey(range(1, 2 + i)) for i in range(5)]
+  named = dict.fromkeys(('classes',), 'a\nb\nc\nd\ne\n')
+  for i, (files, asked) in enumerate(
+    [(tree(numbered), True), (tree(numbered, **named), False)]
+  ):
+    raw = put(files, tmp_path / f'{i}')
+    manifest, _ = folder.prepare(raw, tmp_path / f'd{i}', name='cells')
+    assert len(manifest['classes']) == 5
+    assert ('if they number objects' in folder.summary(manifest)) == asked
+
+
+def test_photographs_are_kept_as_they_are(tmp_path):
+  files = tree([grey([1])])
+  jpeg = encoded(photo(0), 'JPEG')
+  turned = Image.Exif()
+  turned[0x0112] = 3  # upside down
+  files = {k: v for k, v in files.items() if not k.startswith('images/')}
+  for i, id_ in enumerate(IDS):
+    files[f'images/{id_}.jpg'] = encoded(photo(i), 'JPEG')
+  files['images/b.jpg'] = encoded(photo(1), 'JPEG', exif=turned)
+  files['images/c.bmp'] = encoded(photo(2), 'BMP')
+  del files['images/c.jpg']
+  with core.Files(put(files, tmp_path / 'raw'), '') as listed:
+    layout = folder.Layout(listed, folder.builder('pets'))
+    found = {}
+    for id_ in layout.ids:
+      pixels = layout.image(id_)
+      found[id_] = layout.encoded(id_)
+      again = core.decode(found[id_], id_, 'RGB')
+      np.testing.assert_array_equal(again, pixels)
+  assert found['a'] == jpeg
+  assert [found[x][:4] == b'\x89PNG' for x in 'abc'] == [False, True, True]
+
+
 def test_two_names_beside_each_other(tmp_path):
   one, _ = made(tree([grey([255])]), tmp_path, name='one')
   files = tree([colour([(9, 0, 0), (0, 9, 0)])])

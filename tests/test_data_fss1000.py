@@ -67,6 +67,17 @@ def classes_of(manifest):
   return found
 
 
+def test_a_copy_within_a_class_is_no_support(tmp_path):
+  files = tree()
+  class_ = min(files).split('/')[0]
+  for form in ('jpg', 'png'):  # image 7, for testing, is image 2 once more
+    files[f'{class_}/7.{form}'] = files[f'{class_}/2.{form}']
+  fss1000.prepare(put(files, tmp_path / 'raw'), tmp_path / 'data')
+  made = fss1000.load(tmp_path / 'data', category=class_)
+  assert made.train.ids == tuple(f'{class_}/{i}' for i in (1, 3, 4, 5))
+  assert f'{class_}/7' in made.test.ids
+
+
 @pytest.mark.parametrize('top', ['', 'FSS-1000/', 'fewshot_data/fewshot_data/'])
 def test_prepare_and_load(tmp_path, top, caplog):
   files, records = built()

@@ -378,7 +378,8 @@ def test_code_is_refused_and_not_run(tmp_path, place):
   else:
     contents = pickle.dumps(attack)
   name = 'lung_cancer_test.pkl'
-  raw = put({**tables((hus, masks), (hus, masks)), name: contents}, tmp_path)
+  files = {**tables((hus, masks), (hus, masks)), name: contents}
+  raw = put(files, tmp_path / 'raw')
   with pytest.raises(ValueError, match=r'it refers to \w+\.mkdir') as caught:
     lung.prepare(raw, tmp_path / 'data')
   assert name in str(caught.value)

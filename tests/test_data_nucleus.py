@@ -3,7 +3,6 @@
 import io
 import json
 import pickle
-import shutil
 import zipfile
 
 import numpy as np
@@ -271,11 +270,12 @@ def test_damaged_member_of_a_zip_is_named(tmp_path):
 def test_raw_is_never_written_into(tmp_path):
   files, _ = tree(real_ids(2, 1))
   raw = put(files, tmp_path / 'data', top='Nucleus')
-  nucleus.prepare(raw, tmp_path / 'data')  # beside Nucleus/: fine
-  shutil.rmtree(tmp_path / 'data' / 'nucleus')
-  raw = tmp_path / 'data' / 'Nucleus'
-  with pytest.raises(ValueError, match='inside the raw folder'):
-    nucleus.prepare(raw, raw / 'prepared')
+  before = listing(raw)
+  for place in (raw, raw / 'Nucleus', raw / 'Nucleus' / 'prepared'):
+    with pytest.raises(ValueError, match='inside the raw folder'):
+      nucleus.prepare(raw, place)
+  assert listing(raw) == before
+  nucleus.prepare(raw / 'Nucleus', raw)  # beside what is read
 
 
 def test_unprepared_and_damaged(tmp_path):

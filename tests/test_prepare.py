@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 from PIL import Image
 from tensorflow_datasets.core import shuffle
 from test_data_nucleus import pack, put, real_ids, tree
@@ -83,9 +84,10 @@ def test_a_contact_sheet(tmp_path):
   again = prepare(*place, '--show')
   assert again.returncode == 0
   assert path.exists()
-  assert 'does not take --name' in error(
-    prepare(*place, '--raw', raw, '--name', 'x')
-  )
+  for given in (('--raw', raw), ('--show',)):
+    assert 'does not take --name' in error(
+      prepare(*place, *given, '--name', 'x')
+    )
 
 
 def test_a_test_image_is_no_training_image(tmp_path):
@@ -110,6 +112,81 @@ def test_a_test_image_is_no_training_image(tmp_path):
     done.stdout
   )
   assert '1 training images are left out' in done.stderr
+
+
+def test_nor_is_it_when_images_are_divided_anew(tmp_path):
+  """A support of 'reference' would have a copy that 'frozen' keeps in train."""
+  ids = sorted(real_ids(8, 4))
+  train = set(nucleus.split_ids(ids, 'frozen')[0])
+  tested = [i for i in nucleus.split_ids(ids, 'reference')[1] if i in train]
+  other = next(i for i in ids if i in train and i not in tested)
+  files, _ = tree(ids)
+  files = {k: v for k, v in files.items() if not k.startswith(other)}
+  files |= {
+    name.replace(tested[0], other): contents
+    for name, contents in files.items()
+    if name.startswith(tested[0])
+  }
+  nucleus.prepare(put(files, tmp_path / 'raw'), tmp_path / 'd')
+  assert other in nucleus.load(tmp_path / 'd').train.ids
+  made = nucleus.load(tmp_path / 'd', split='reference')
+  assert tested[0] in made.test.ids
+  assert other not in made.train.ids
+  assert len(made.train) + len(made.test) == len(ids) - 1
+
+
+def test_other_options_are_not_passed_over(tmp_path):
+  files, _ = tree(real_ids(3, 2))
+  raw = pack(files, tmp_path / 'x.zip')
+  command = ('--dataset', 'nucleus', '--raw', raw, '--data_dir', tmp_path / 'd')
+  assert prepare(*command).returncode == 0
+  said = error(prepare(*command, '--split', 'reference'))
+  assert 'was prepared with split frozen, not reference: remove' in said
+
+
+def test_a_place_that_cannot_be_written_is_told_first(tmp_path, monkeypatch):
+  files, _ = tree(real_ids(2, 1))
+  raw = put(files, tmp_path / 'raw')
+
+  def check(*args, **kwargs):
+    raise AssertionError('this would have taken long')
+
+  monkeypatch.setattr(core, 'check', check)
+  (tmp_path / 'file').write_text('')
+  for place in (tmp_path / 'file', pathlib.Path('/proc/nowhere')):
+    with pytest.raises(OSError, match='choose another --data_dir'):
+      nucleus.prepare(raw, place)
+  (tmp_path / 'd' / 'nucleus' / '1.0.0').mkdir(parents=True)
+  with pytest.raises(ValueError, match='exists but holds no whole dataset'):
+    nucleus.prepare(raw, tmp_path / 'd')
+
+
+def test_links_are_followed_and_lead_nowhere_twice(tmp_path):
+  files, records = tree(real_ids(2, 1))
+  real = put(files, tmp_path / 'elsewhere')
+  raw = tmp_path / 'raw'
+  raw.mkdir()
+  for folder in real.iterdir():
+    (raw / folder.name).symlink_to(folder)
+  (raw / 'round').symlink_to(raw)
+  manifest, _ = nucleus.prepare(raw, tmp_path / 'd')
+  assert {row['id'] for row in manifest['records']} == set(records)
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+  code = (
+    'import sys; from unittest import mock; from absl import app\n'
+    'from distillfss_jax import prepare\n'
+    'prepare.define_flags()\n'
+    'with mock.patch.object(prepare, "run", side_effect=KeyboardInterrupt):\n'
+    '  app.run(prepare.main)'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code, '--dataset', 'nucleus', '--raw', 'x'],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 130
+  assert done.stderr == 'stopped; the same command starts again\n'
 
 
 def test_synthetic_needs_nothing():

@@ -54,7 +54,7 @@ def pool(data_dir='data', part='all'):
   """
   if part not in PARTS:
     raise ValueError(f'part {part!r} is not one of {tuple(PARTS)}')
-  made = core.load_prepared(Chestxray, data_dir, train=PARTS[part])
+  made = core.load_prepared(Chestxray, data_dir, train=PARTS[part], test=())
   found = core.pool(made.train, made.classes, (1,))
   # The original lists its files by name.
   order = sorted(range(len(found.pairs)), key=made.train.ids.__getitem__)

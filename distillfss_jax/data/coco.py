@@ -155,7 +155,9 @@ def prepare(raw, data_dir, *, split='2014', skip_bad=False):
   def layout(files):
     return Layout(files, split)
 
-  return core.prepare(Coco, layout, raw, data_dir, skip_bad=skip_bad)
+  return core.prepare(
+    Coco, layout, raw, data_dir, skip_bad=skip_bad, split=split
+  )
 
 
 class _Instance(typing.NamedTuple):

@@ -186,13 +186,14 @@ class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
   CLASSES: names of labels 1..n. PALETTE: colours of labels 0..n.
   DOWNLOAD: where to get the raw files, what to give as --raw, and the licence.
-  COUNT: images that the owners publish; None where they do not say.
+  COUNT: images that the owners publish, or the numbers of several releases;
+    None where they do not say.
   """
 
   CLASSES: tuple[str, ...]
   PALETTE: tuple[tuple[int, int, int], ...]
   DOWNLOAD: str
-  COUNT: int | None = None
+  COUNT: int | tuple[int, ...] | None = None
   splits = None  # dict of split name -> list of Checked; `write` sets both
   manifest = None
 
@@ -291,8 +292,7 @@ class Files:
     self._zip, self.root = None, None
     if self._path.is_dir():
       self.root = self._path
-      found = (p for p in self._path.rglob('*') if p.is_file())
-      names = [p.relative_to(self._path).as_posix() for p in found]
+      names = list(_below(self._path))
     elif self._path.is_file():
       try:
         self._zip = zipfile.ZipFile(self._path)
@@ -332,9 +332,29 @@ class Files:
       # RuntimeError: a member that is encrypted or packed in an unknown way.
       raise BadFileError(f'{name}: cannot be read ({error})') from error
 
+  def size(self, name):
+    """Bytes of a file."""
+    if self._zip is None:
+      return (self._path / name).stat().st_size
+    return self._zip.getinfo(name).file_size
+
   def decode(self, name, mode):
     """An image file as uint8: [H, W, 3] in 'RGB', [H, W] in 'L'."""
     return decode(self.read(name), name, mode)
+
+
+def _below(root):
+  """Yields the paths of all files of a folder, through links, too."""
+  seen = set()
+  for folder, folders, names in os.walk(root, followlinks=True):
+    # A link to a folder above would lead round for ever.
+    place = os.path.realpath(folder)
+    if place in seen:
+      folders.clear()
+      continue
+    seen.add(place)
+    within = pathlib.Path(folder).relative_to(root)
+    yield from ((within / name).as_posix() for name in names)
 
 
 def _hidden(name):
@@ -475,7 +495,7 @@ def same_size(name, mask, size):
     raise BadFileError(f'{name}: mask is {sizes[0]}, its image {sizes[1]}')
 
 
-def prepare(builder, layout, raw, data_dir, *, skip_bad=False):
+def prepare(builder, layout, raw, data_dir, *, skip_bad=False, **options):
   """Turns the owners' download into ArrayRecord under `data_dir`, once.
 
   The raw files are only read, a zip without unpacking it.
@@ -484,47 +504,49 @@ def prepare(builder, layout, raw, data_dir, *, skip_bad=False):
     builder: subclass of SegmentationBuilder.
     layout: of a `Files`, makes an object with `ids`, `image(id)` uint8
       [H, W, 3], `label(id, (H, W))` uint8 [H, W], both of which may raise
-      BadFileError, and `split(ids)`, which divides them: {'train': [...],
-      'test': [...]}, or more splits; all whose names start with 'test' are for
-      testing. It may give the file, `encoded(id)`, that `image(id)` decodes,
-      JPEG or PNG, to be kept as it is. It may say below which folder, `top`,
-      its files lie, and raises ValueError where nothing of its form is there.
-      Its methods are called by several threads. Those that follow each other of
-      one file, `whole(id)`, are left to one of them, which may keep it.
+      BadFileError, and `split(ids)`, which divides all of them: {'train':
+      [...], 'test': [...]}, or more splits; all whose names start with 'test'
+      are for testing. It may give the file, `encoded(id)`, that `image(id)`
+      decodes, JPEG or PNG, to be kept as it is. It may say below which folder,
+      `top`, its files lie, and raises ValueError where nothing of its form is
+      there. Its methods are called by several threads. Those that follow each
+      other of one file, `whole(id)`, are left to one of them, which may keep
+      it.
     raw: the folder or zip.
     data_dir: folder of all prepared datasets.
-    skip_bad: leave out images with a bad file instead of failing.
+    skip_bad: leave out images with a bad file instead of failing. The others
+      are divided as if they were there.
+    **options: what else the records depend on; None for what is not asked.
 
   Returns:
     (manifest, True), or at once (manifest, False) when it is there already.
 
   Raises:
-    ValueError: without a usable download, or naming every bad file.
+    ValueError: without a usable download, naming every bad file, or where the
+      dataset is there with other options.
+    OSError: `data_dir` cannot be written.
   """
+  place = folder(builder, data_dir)
   done = manifest(builder, data_dir)
   if done is not None:
+    _check_options(place, done['options'], options)
     return done, False
-  place = folder(builder, data_dir)
   with Files(raw, builder.DOWNLOAD) as files:
+    _check_place(place, files.root)
     found = layout(files)
-    inside = files.root and files.root / getattr(found, 'top', '')
-    if inside and any(p.exists() and p.samefile(inside) for p in place.parents):
-      raise ValueError(
-        f'{place} would lie inside the raw folder {inside}, which is only '
-        'read: choose another --data_dir'
-      )
-    if builder.COUNT and len(found.ids) != builder.COUNT:
+    counts = np.atleast_1d(builder.COUNT or []).tolist()
+    if counts and len(found.ids) not in counts:
       logging.warning(
-        '%s: %d images are there, its owners publish %d',
+        '%s: %d images are there, its owners publish %s',
         builder.name,
         len(found.ids),
-        builder.COUNT,
+        ' or '.join(map(str, counts)),
       )
     good, skipped = check(found, skip_bad=skip_bad)
     by_id = {one.id: one for one in good}
     splits = {
-      name: [by_id[i] for i in ids]
-      for name, ids in found.split(list(by_id)).items()
+      name: [by_id[i] for i in ids if i in by_id]
+      for name, ids in found.split(found.ids).items()
     }
     skipped |= _drop_copies(builder.name, splits)
     splits = {name: checked for name, checked in splits.items() if checked}
@@ -532,10 +554,43 @@ def prepare(builder, layout, raw, data_dir, *, skip_bad=False):
     if 'train' not in splits or not tests:
       counts = ', '.join(f'{len(made)} {name}' for name, made in splits.items())
       raise ValueError(
-        f'{files} divides into {counts or "no"} images, and both train and '
-        f'test images are needed: {builder.DOWNLOAD}'
+        f'{files} divides into {counts or "no"} images, {len(skipped)} being '
+        'left out, and both train and test images are needed: '
+        f'{builder.DOWNLOAD}'
       )
-    return write(builder, data_dir, splits, skipped), True
+    return write(builder, data_dir, splits, skipped, options), True
+
+
+def _check_options(place, were, options):
+  """Raises ValueError where records were made with other options."""
+  for name, asked in options.items():
+    if asked not in (None, were.get(name)):
+      raise ValueError(
+        f'{place} was prepared with {name} {were.get(name)}, not {asked}: '
+        'remove that folder to prepare it again, or choose another --data_dir'
+      )
+
+
+def _check_place(place, root):
+  """Raises an error, before any long work, where nothing can be written."""
+  if root and any(p.exists() and p.samefile(root) for p in place.parents):
+    raise ValueError(
+      f'{place} would lie inside the raw folder {root}, which is only read: '
+      'choose another --data_dir'
+    )
+  if place.exists():
+    raise ValueError(
+      f'{place} exists but holds no whole dataset: remove it and start again'
+    )
+  there = next(p for p in place.parents if p.exists())
+  try:
+    with tempfile.TemporaryFile(dir=there):
+      pass
+  except OSError as error:
+    raise OSError(
+      f'{place} cannot be made ({there}: {os.strerror(error.errno)}): choose '
+      'another --data_dir'
+    ) from error
 
 
 def _drop_copies(name, splits):
@@ -586,14 +641,28 @@ def load_prepared(
   palette = tuple(map(tuple, made.get('palette', builder.PALETTE)))
   rows = [row for row in made['records'] if keep is None or keep(row)]
   parts = (
-    Prepared(
-      folder(builder, data_dir),
-      [row for split in splits for row in rows if row['split'] == split],
-      len(classes),
-    )
-    for splits in (train, test)
+    [row for name in names for row in rows if row['split'] == name]
+    for names in (train, test)
   )
-  return Dataset(builder.name, classes, palette, *parts)
+  sources = divided(folder(builder, data_dir), len(classes), *parts)
+  return Dataset(builder.name, classes, palette, *sources)
+
+
+def divided(place, ways, train, test):
+  """The training and the test part of a prepared folder, as sources.
+
+  Training images that are copies of test images are left out. They are when the
+  folder is made, but it can be divided in other ways, too.
+
+  Args:
+    place: the folder.
+    ways: number of classes.
+    train: rows of its manifest.
+    test: rows of its manifest.
+  """
+  tested = {row['digest'] for row in test} - {''}
+  train = [row for row in train if row['digest'] not in tested]
+  return Prepared(place, train, ways), Prepared(place, test, ways)
 
 
 def folder(builder, data_dir):
@@ -617,7 +686,7 @@ def manifest(builder, data_dir):
   if not path.is_file():
     return None
   made = json.loads(path.read_text())
-  if 'areas' not in made['records'][0]:
+  if 'options' not in made:
     raise ValueError(
       f'{path.parent} was prepared by an older version: remove the folder and '
       'prepare it again'
@@ -625,7 +694,7 @@ def manifest(builder, data_dir):
   return made
 
 
-def write(builder, data_dir, splits, skipped):
+def write(builder, data_dir, splits, skipped, options):
   """Writes checked images as ArrayRecord, all of them or nothing.
 
   Records and manifest are made in a folder of another name that is renamed
@@ -636,15 +705,12 @@ def write(builder, data_dir, splits, skipped):
     data_dir: folder of all prepared datasets.
     splits: dict of split name -> list of Checked, none empty.
     skipped: dict of left out id -> reason, for the manifest.
+    options: what the records depend on, for the manifest.
 
   Returns:
     The manifest, a dict.
   """
   place = folder(builder, data_dir)
-  if place.exists():
-    raise ValueError(
-      f'{place} exists but holds no whole dataset: remove it and start again'
-    )
   for left in place.parent.glob(f'incomplete.*_{place.name}'):
     logging.info('removing %s, left by an interrupted run', left)
     tfds.core.Path(left).rmtree()
@@ -656,6 +722,7 @@ def write(builder, data_dir, splits, skipped):
       'size': list(one.size),
       'present': list(one.areas),
       'areas': list(one.areas.values()),
+      'digest': one.digest,
     }
     for split, checked in splits.items()
     for i, one in enumerate(checked)
@@ -667,6 +734,7 @@ def write(builder, data_dir, splits, skipped):
     'name': builder.name,
     'classes': list(builder.CLASSES),
     'palette': [list(colour) for colour in builder.PALETTE],
+    'options': options,
     'records': rows,
     'skipped': skipped,
   }

@@ -68,7 +68,10 @@ def prepare(raw, data_dir, *, split=None, unknown='void', skip_bad=False):
   if unknown not in UNKNOWN:
     raise ValueError(f'unknown {unknown!r} is not one of {tuple(UNKNOWN)}')
   layout = functools.partial(Layout, split_name=split, unknown=unknown)
-  return core.prepare(Deepglobe, layout, raw, data_dir, skip_bad=skip_bad)
+  options = {'split': split, 'unknown': unknown}
+  return core.prepare(
+    Deepglobe, layout, raw, data_dir, skip_bad=skip_bad, **options
+  )
 
 
 class Layout:

@@ -17,6 +17,7 @@ which is how one sees them in a viewer.
 
 import collections
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -36,6 +37,7 @@ _MASK_FOLDERS = ('masks', 'labels', 'annotations')
 _ENDINGS = ('_mask', '-mask', '_segmentation', '_label', '_gt')
 _ENDING = re.compile(rf'(.+)(?:{"|".join(_ENDINGS)})', re.IGNORECASE)
 _COCO = 'annotations.json'
+_KEPT_AS_IT_IS = (b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n')  # JPEG, PNG
 
 
 class Folder(core.SegmentationBuilder, skip_registration=True):
@@ -102,16 +104,32 @@ def prepare(raw, data_dir, *, name=None, split=None, skip_bad=False):
   """
   if split not in (None, *SPLITS):
     raise ValueError(f'split {split!r} is not one of {SPLITS}')
-  made, found = builder(name), []
+  made, found, contents = builder(name), [], None
 
   def layout(files):
     found.append(Layout(files, made, split))
     return found[0]
 
-  manifest, new = core.prepare(made, layout, raw, data_dir, skip_bad=skip_bad)
+  if raw and pathlib.Path(raw).expanduser().exists():
+    with core.Files(raw, Folder.DOWNLOAD) as files:
+      contents = _contents(files)
+  options = {'split': split, 'contents': contents}
+  manifest, new = core.prepare(
+    made, layout, raw, data_dir, skip_bad=skip_bad, **options
+  )
   if new:
     manifest = {**manifest, 'pixels': found[0].pixels(manifest)}
   return manifest, new
+
+
+def _contents(files):
+  """Tells a folder from what it was before: by names, sizes and small texts."""
+  digest = hashlib.blake2b(digest_size=4)
+  for name in files.names:
+    digest.update(f'{name}\0{files.size(name)}\0'.encode())
+    if name.endswith(('.txt', '.json')):
+      digest.update(files.read(name))
+  return f'{len(files.names)} files ({digest.hexdigest()})'
 
 
 # ---------------------------------------------------------------- the layout
@@ -163,6 +181,15 @@ class Layout:
       self._turned.add(id_)
     return pixels
 
+  def encoded(self, id_):
+    """The file that `image` reads, if records can hold it; else PNG."""
+    name = self.images[id_]
+    contents = self._files.read(name)
+    # A photograph as PNG would take seven times the space.
+    if contents.startswith(_KEPT_AS_IT_IS) and id_ not in self._turned:
+      return contents
+    return core.png(_decode_image(contents, name)[0])
+
   def label(self, id_, size):
     """Reads the labels of an id, uint8 [H, W], and counts them."""
     label = self._masks.label(id_, size)
@@ -183,18 +210,18 @@ class Layout:
         len(self._turned),
         core.few(sorted(self._turned)),
       )
-    if self._parts is None:
-      if len(ids) < 2:
-        raise ValueError(
-          f'{len(ids)} image is too few: one for train and one for test are '
-          'the least'
-        )
-      test = core.held_out(ids)
-      train = sorted(set(ids).difference(test))
-    else:
-      there = set(ids)
-      train, test = ([i for i in part if i in there] for part in self._parts)
-    return {'train': train, 'test': test}
+    if self._parts is not None:
+      train, test = self._parts
+      return {'train': train, 'test': test}
+    # Of the images that can be used: of many, few may have a mask yet.
+    ids = [i for i in ids if i in self._counts]
+    if len(ids) < 2:
+      raise ValueError(
+        f'{len(ids)} image is too few: one for train and one for test are the '
+        'least'
+      )
+    test = core.held_out(ids)
+    return {'train': sorted(set(ids).difference(test)), 'test': test}
 
 
 def _is_image(name):
@@ -605,6 +632,11 @@ def _hints(manifest, images):
         f'{name} is in {count} train image{"s" * (count != 1)}: fewer than 5 '
         'give no 5 shots'
       )
+  if _seem_numbered(manifest['classes'], images):
+    yield (
+      'each label is in no more images than the one before: if they number '
+      'objects, and are no classes, give all objects of a class one value'
+    )
   areas = [row['size'][0] * row['size'][1] for row in rows]
   if max(areas) > 10 * min(areas):
     yield (
@@ -614,3 +646,12 @@ def _hints(manifest, images):
   empty = [row['id'] for row in rows if not row['present']]
   if empty:
     yield f'{len(empty)} images have no class in their mask: {core.few(empty)}'
+
+
+def _seem_numbered(classes, images):
+  """Whether labels look like the numbers of objects in each image."""
+  labels = range(1, len(classes) + 1)
+  counts = [images['train', i] + images['test', i] for i in labels]
+  unnamed = list(classes) == [f'class{i}' for i in labels]
+  falling = counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
+  return unnamed and len(classes) > 3 and falling

@@ -68,15 +68,13 @@ def load(data_dir='data', category=''):
     )
   own = [row for row in rows if _category(row) == category]
   own.sort(key=_number)
-  train, test = (
-    core.Prepared(core.folder(Fss1000, data_dir), part, 1)
-    for part in (
-      [row for row in own if _number(row) <= SHOTS],
-      [row for row in own if _number(row) > SHOTS],
-    )
+  sources = core.divided(
+    core.folder(Fss1000, data_dir),
+    1,
+    [row for row in own if _number(row) <= SHOTS],
+    [row for row in own if _number(row) > SHOTS],
   )
-  name, palette = Fss1000.name, Fss1000.PALETTE
-  return core.Dataset(name, (category,), palette, train, test)
+  return core.Dataset(Fss1000.name, (category,), Fss1000.PALETTE, *sources)
 
 
 def pool(data_dir='data', part='test'):
@@ -135,7 +133,9 @@ def prepare(raw, data_dir, *, split='ours', skip_bad=False):
   def layout(files):
     return Layout(files, lists=split == 'lists')
 
-  return core.prepare(Fss1000, layout, raw, data_dir, skip_bad=skip_bad)
+  return core.prepare(
+    Fss1000, layout, raw, data_dir, skip_bad=skip_bad, split=split
+  )
 
 
 class Layout:

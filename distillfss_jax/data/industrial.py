@@ -69,8 +69,7 @@ def prepare(raw, data_dir, *, split='reference', skip_bad=False):
   """
   if split not in SPLITS:
     raise ValueError(f'split {split!r} is not one of {SPLITS}')
-  done = core.manifest(Industrial, data_dir)
-  if done is not None:
+  if (done := core.manifest(Industrial, data_dir)) is not None:
     return done, False
   with core.Files(raw, Industrial.DOWNLOAD) as files:
     found = Layout(files)

@@ -5,6 +5,7 @@ arXiv 1902.03368. One lesion per image: the mask is that of task 1 in 2018, the
 class that of the image's row in the 2019 table. Of its classes three occur.
 """
 
+import contextlib
 import csv
 import functools
 import io
@@ -59,7 +60,9 @@ def prepare(raw, data_dir, *, split=None, skip_bad=False):
   if split not in (None, *SPLITS):
     raise ValueError(f'split {split!r} is not one of {SPLITS}')
   layout = functools.partial(Layout, split_name=split)
-  return core.prepare(Isic, layout, raw, data_dir, skip_bad=skip_bad)
+  return core.prepare(
+    Isic, layout, raw, data_dir, skip_bad=skip_bad, split=split
+  )
 
 
 class Layout:
@@ -116,7 +119,8 @@ class Layout:
     if self._test is None:
       of_class = [[], [], []]
       for i in ids:
-        of_class[self._class(i) - 1].append(i)
+        with contextlib.suppress(core.BadFileError):  # it was named
+          of_class[self._class(i) - 1].append(i)
       test = [i for part in of_class for i in core.held_out(part)]
     else:
       there = set(ids)

@@ -51,7 +51,9 @@ def prepare(raw, data_dir, *, split='reference', skip_bad=False):
   if split not in SPLITS:
     raise ValueError(f'split {split!r} is not one of {SPLITS}')
   layout = functools.partial(Layout, split_name=split)
-  return core.prepare(Kvasir, layout, raw, data_dir, skip_bad=skip_bad)
+  return core.prepare(
+    Kvasir, layout, raw, data_dir, skip_bad=skip_bad, split=split
+  )
 
 
 class Layout:

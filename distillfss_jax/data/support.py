@@ -130,6 +130,8 @@ def choose(dataset, shots, seed=0, rule='even'):
 
 def _per_class(dataset, shots, rule):
   """As many images of each class, in the order of the classes."""
+  # Parity: classes follow each other by their labels; for Industrial the
+  # reference takes them by their names, so that its episodes have other orders.
   # Parity: for ISIC the reference divides the shots by the number of classes
   # and background, so that of 9 shots over 3 classes it uses 6.
   ways = len(dataset.classes)

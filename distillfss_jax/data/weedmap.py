@@ -8,6 +8,7 @@ may be the owners' or cut smaller (`frame0009_2`), as in the DistillFSS paper.
 """
 
 import functools
+import logging
 import re
 
 import numpy as np
@@ -15,6 +16,7 @@ import tensorflow_datasets as tfds
 
 from distillfss_jax.data import core
 
+COUNTS = {'003': 408}  # tiles of a field, where they are published
 SPLIT = '000:003'  # fields for training : fields for testing
 _RELEASE = '2018-weedMap-dataset-release'
 _TOPS = (
@@ -69,24 +71,16 @@ def _is_black(image):
   return np.count_nonzero(~image.any(-1)) > _BLACK
 
 
-def prepare(raw, data_dir, *, split=None, skip_bad=False):
+def prepare(raw, data_dir, *, split=SPLIT, skip_bad=False):
   """Turns the tiles into ArrayRecord; see `core.prepare`.
 
-  `split` names the fields for training and for testing, '000,001:003'; None is
-  '000:003', or whatever was prepared already.
+  `split` names the fields for training and for testing, as '000,001:003'.
   """
-  fields = _fields(split or SPLIT)
-  done = core.manifest(Weedmap, data_dir)
-  if done is not None and split:
-    there = {(row['split'], row['id'].split('_')[0]) for row in done['records']}
-    if there != {(part, x) for part, named in fields.items() for x in named}:
-      shown = ', '.join(sorted(f'{field} ({part})' for part, field in there))
-      raise ValueError(
-        f'{core.folder(Weedmap, data_dir)} holds the fields {shown}, which is '
-        f'not --split {split}: choose another --data_dir, or remove that folder'
-      )
+  fields = _fields(split)
   layout = functools.partial(Layout, fields=fields)
-  return core.prepare(Weedmap, layout, raw, data_dir, skip_bad=skip_bad)
+  return core.prepare(
+    Weedmap, layout, raw, data_dir, skip_bad=skip_bad, split=split
+  )
 
 
 def _fields(split):
@@ -125,6 +119,14 @@ class Layout:
         f'{files} has no {places}, at its top or in RedEdge/ or Tiles/RedEdge/ '
         f'({len(files.names)} files): {Weedmap.DOWNLOAD}'
       )
+    for field in set(tiles).intersection(COUNTS):
+      if len(tiles[field]) != COUNTS[field]:
+        logging.warning(
+          'weedmap: %d tiles of field %s are there, %d are published',
+          len(tiles[field]),
+          field,
+          COUNTS[field],
+        )
     self._tile = {
       f'{field}_{stem}': (field, stem)
       for field in named
