@@ -1,8 +1,11 @@
 """The prepare command, as a user types it."""
 
+import concurrent.futures
 import pathlib
 import subprocess
 import sys
+import threading
+import zipfile
 
 import pytest
 from PIL import Image
@@ -159,6 +162,28 @@ def test_a_place_that_cannot_be_written_is_told_first(tmp_path, monkeypatch):
   (tmp_path / 'd' / 'nucleus' / '1.0.0').mkdir(parents=True)
   with pytest.raises(ValueError, match='exists but holds no whole dataset'):
     nucleus.prepare(raw, tmp_path / 'd')
+
+
+def test_threads_read_a_zip_each_for_itself(tmp_path, monkeypatch):
+  """Two that read from one at once got each other's bytes on Python 3.12."""
+  path, both, used = tmp_path / 'x.zip', threading.Barrier(2), []
+  pack({'a': b'A', 'b': b'B'}, path, top='')
+  read = zipfile.ZipFile.read
+
+  def together(self, name):
+    both.wait(60)
+    used.append(self)
+    return read(self, name)
+
+  monkeypatch.setattr(zipfile.ZipFile, 'read', together)
+  with (
+    core.Files(path, '') as files,
+    concurrent.futures.ThreadPoolExecutor(2) as threads,
+  ):
+    for _ in range(3):
+      assert list(threads.map(files.read, 'ab')) == [b'A', b'B']
+  assert len(set(used)) == 2  # which were used again
+  assert all(archive.fp is None for archive in used)  # and are closed
 
 
 def test_links_are_followed_and_lead_nowhere_twice(tmp_path):

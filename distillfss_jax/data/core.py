@@ -289,19 +289,19 @@ class Files:
     if not path:
       raise ValueError(f'--raw is not given: {download}')
     self._path = pathlib.Path(path).expanduser()
-    self._zip, self.root = None, None
+    self.root, self._zips = None, []  # open ones that nobody reads from
     if self._path.is_dir():
       self.root = self._path
       names = list(_below(self._path))
     elif self._path.is_file():
       try:
-        self._zip = zipfile.ZipFile(self._path)
+        self._zips.append(zipfile.ZipFile(self._path))
       except zipfile.BadZipFile as error:
         raise ValueError(
           f'{path} is neither a folder nor a whole zip file ({error}): '
           f'{download}'
         ) from error
-      names = [x for x in self._zip.namelist() if not x.endswith('/')]
+      names = [x for x in self._zips[0].namelist() if not x.endswith('/')]
     else:
       raise ValueError(f'{path} does not exist: {download}')
     self.names = tuple(sorted(x for x in names if not _hidden(x)))
@@ -310,8 +310,8 @@ class Files:
     return self
 
   def __exit__(self, *error):
-    if self._zip is not None:
-      self._zip.close()
+    for archive in self._zips:
+      archive.close()
 
   def __str__(self):
     return str(self._path)
@@ -319,9 +319,10 @@ class Files:
   def read(self, name):
     """The bytes of a file; BadFileError where that fails."""
     try:
-      if self._zip is None:
-        return (self._path / name).read_bytes()
-      return self._zip.read(name)
+      if self.root is not None:
+        return (self.root / name).read_bytes()
+      with self._archive() as archive:
+        return archive.read(name)
     except (
       OSError,
       KeyError,
@@ -334,9 +335,22 @@ class Files:
 
   def size(self, name):
     """Bytes of a file."""
-    if self._zip is None:
-      return (self._path / name).stat().st_size
-    return self._zip.getinfo(name).file_size
+    if self.root is not None:
+      return (self.root / name).stat().st_size
+    with self._archive() as archive:
+      return archive.getinfo(name).file_size
+
+  @contextlib.contextmanager
+  def _archive(self):
+    """An open zip that no other thread reads from: they would disturb it."""
+    try:
+      archive = self._zips.pop()
+    except IndexError:
+      archive = zipfile.ZipFile(self._path)
+    try:
+      yield archive
+    finally:
+      self._zips.append(archive)
 
   def decode(self, name, mode):
     """An image file as uint8: [H, W, 3] in 'RGB', [H, W] in 'L'."""
