@@ -23,8 +23,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from absl import logging
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from distillfss_jax import parallel
+
+# These say nothing about a checkpoint that cannot be read.
+_PASSING = (errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE)
 
 
 class Restored(NamedTuple):
@@ -145,8 +149,11 @@ class Checkpointer:
     Raises:
       ValueError: an undamaged checkpoint holds other leaves, shapes or types
         than `state`, or was saved by another number of processes.
+      OSError: the file system does not answer: of none is it known whether it
+        is damaged.
     """
     self.wait()
+    unread = None
     # Those that process 0 sees: folders may reach the others late.
     steps = sorted(self._manager.all_steps(), reverse=True)
     steps = json.loads(_gather(json.dumps(steps))[0])
@@ -158,7 +165,11 @@ class Checkpointer:
         raise  # says nothing about the checkpoint
       except Exception as error:  # damaged bytes can raise anything at all
         reason = _first_line(error)
-      if not _everywhere(not reason):
+        if _says(error, *_PASSING):
+          raise self._unreadable(step, reason) from error
+        if _says(error, errno.EIO):  # the disk, or the way to it
+          unread = unread or self._unreadable(step, reason)
+      if not parallel.gather(not reason).all():
         logging.warning(
           'Checkpoint of step %d in %s is damaged (%s): trying the next older.',
           step,
@@ -178,6 +189,8 @@ class Checkpointer:
         _unpack(record['data']),
         record['extra'],
       )
+    if unread:
+      raise unread  # to start over would delete what may be whole
     if steps:
       logging.warning(
         'No checkpoint in %s is intact (steps %s): the run starts over.',
@@ -204,6 +217,14 @@ class Checkpointer:
     """
     with self._writing():
       self._manager.close()
+
+  def _unreadable(self, step, reason):
+    return OSError(
+      errno.EIO,
+      f'cannot read the checkpoint of step {step} in {self.directory} '
+      f'({reason}): try again when the file system answers, or remove the '
+      'folder to start over',
+    )
 
   def _read(self, step):
     """Returns the verified record and host arrays of a step, or raises."""
@@ -236,9 +257,13 @@ class Checkpointer:
     """Turns whatever storage raises into one error that names the folder."""
     try:
       yield
-    except (_LaterStepsError, jax.errors.JaxRuntimeError):
-      raise  # the latter: another process is gone
+    except _LaterStepsError:
+      raise
     except Exception as error:  # tensorstore reports a full disk as ValueError
+      # Orbax waits for other processes in the background.
+      for one in (error, error.__cause__):
+        if one is not None and parallel.lost(one):
+          raise one from None
       self._done.clear()  # whatever was under way may be tried again
       raise OSError(
         getattr(error, 'errno', None) or errno.EIO,
@@ -285,6 +310,13 @@ def _first_line(error):
   """Returns the head of an error's text; orbax and tensorstore write pages."""
   text = str(error).strip().splitlines() or [type(error).__name__]
   return text[0][:200]
+
+
+def _says(error, *codes):
+  """Whether an error is one of the system's, by tensorstore's words or not."""
+  return getattr(error, 'errno', None) in codes or any(
+    os.strerror(code) in str(error) for code in codes
+  )
 
 
 def _paths(tree):
@@ -450,21 +482,11 @@ def _unpack(texts):
 
 def _gather(text):
   """Returns the texts of all processes, in order."""
-  if jax.process_count() == 1:
-    return [text]
   raw = np.frombuffer(text.encode(), np.uint8)
-  sizes = np.ravel(multihost_utils.process_allgather(np.int32(raw.size)))
+  sizes = parallel.gather(raw.size)
   padded = np.zeros(sizes.max(), np.uint8)
   padded[: raw.size] = raw
-  rows = multihost_utils.process_allgather(padded)
+  rows = parallel.gather(padded)
   return [
-    bytes(np.asarray(row[:size])).decode()
-    for row, size in zip(rows, sizes, strict=True)
+    bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)
   ]
-
-
-def _everywhere(ok):
-  """Returns whether all processes say so: they must pick the same step."""
-  if jax.process_count() == 1:
-    return ok
-  return bool(np.all(multihost_utils.process_allgather(np.bool_(ok))))

@@ -1,6 +1,7 @@
-"""Writing a file whole or not at all."""
+"""Writing a file whole or not at all, and saying why it cannot be."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import tempfile
@@ -32,3 +33,16 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
     with contextlib.suppress(FileNotFoundError):
       os.unlink(name)
     raise
+
+
+@contextlib.contextmanager
+def writing(folder: str | os.PathLike):
+  """Says of an error of the file system, inside, what to do about it."""
+  try:
+    yield
+  except OSError as error:
+    code = error.errno or errno.EIO
+    raise OSError(
+      f'cannot write into {folder}: {os.strerror(code)}; make room, make it '
+      'writable, or give another --workdir'
+    ) from error

@@ -8,7 +8,6 @@ import itertools
 import multiprocessing
 import os
 import pathlib
-import re
 import runpy
 import sys
 import time
@@ -19,12 +18,6 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from distillfss_jax import parallel, recovery, train
-
-# How JAX and its transports speak of another process that does not answer.
-_LOST = re.compile(
-  r'(?i)gloo|nccl|coordination|heartbeat|connection|socket|UNAVAILABLE|'
-  r'DEADLINE_EXCEEDED|ABORTED'
-)
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'The experiment: a file, and arguments after a colon.'
@@ -53,7 +46,8 @@ def main(argv):
   config = _CONFIG.value
   if config is None:
     sys.exit('error: --config is missing, such as --config configs/demo.py')
-  together = _DISTRIBUTED.value or _COORDINATOR.value
+  place = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+  together = _DISTRIBUTED.value or any(x is not None for x in place)
   if together and not _WORKDIR.value:
     sys.exit(
       'error: several processes need the same --workdir, on a file system that '
@@ -71,39 +65,40 @@ def main(argv):
   try:
     # A finished run needs nobody: others may be gone already.
     if together and not finished:
-      parallel.start(
-        _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-      )
+      parallel.start(*place)
     results = train.run(config, workdir)
-  except recovery.InUseError as error:
-    _leave(recovery.IN_USE, f'error: {error}')
-  except ConnectionError as error:
-    _leave(recovery.AGAIN, f'error: {error}')
-  except (ValueError, TypeError, OSError) as error:
-    _leave(1, f'error: {error}')
   except recovery.Stopped as stopped:
     again = f'the same command with --workdir {workdir} goes on'
     _leave(stopped.code, f'stopped by {stopped}: {again}')
   except Exception as error:
-    if not parallel.started():
-      raise
-    traceback.print_exc()
-    if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(
-      str(error)
-    ):
-      _leave(
-        recovery.AGAIN,
-        'error: another process of this run was lost, and this one ends with '
-        f'it ({str(error).splitlines()[0][:200]}). Start all of them again '
-        f'with --workdir {workdir}: the run goes on from its newest checkpoint',
-      )
-    _leave(1, f'error: {type(error).__name__}: {str(error)[:200]}')
+    _fail(error, workdir)
   if finished:
     print(f'{workdir} holds a finished run: nothing is left to do')
   if jax.process_index() == 0:
     print(train.score_table(results))
     print(f'\nfolder: {workdir}\nlook:   {workdir}/panels')
     print(f'or:     tensorboard --logdir {workdir.parent}')
+
+
+def _fail(error, workdir):
+  """Ends the process with what an error means; raises what nobody foresaw."""
+  if parallel.lost(error):
+    _leave(
+      recovery.AGAIN,
+      'error: another process of this run was lost, and this one ends with it '
+      f'({str(error).splitlines()[0][:200]}). Start all of them again with '
+      f'--workdir {workdir}: the run goes on from its newest checkpoint',
+    )
+  if isinstance(error, recovery.InUseError):
+    _leave(recovery.IN_USE, f'error: {error}')
+  if isinstance(error, ConnectionError):
+    _leave(recovery.AGAIN, f'error: {error}')
+  if isinstance(error, ValueError | TypeError | OSError):
+    _leave(1, f'error: {error}')
+  if not parallel.started():
+    raise error
+  traceback.print_exception(error)
+  _leave(1, f'error: {type(error).__name__}: {str(error)[:200]}')
 
 
 def _leave(code, line):

@@ -1,5 +1,6 @@
 """Devices and processes: the mesh, a program mapped over it, agreement."""
 
+import re
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXIS = 'data'
 START = 300  # seconds in which processes have to find each other
 SILENCE = 40  # after which one that says nothing is taken for dead
+
+# How JAX and its transports speak of another process that does not answer. Of
+# a program's first call it is their own error, later a mere ValueError.
+_STATUS = re.compile('[A-Z_]+: ')
+_LOST = re.compile(
+  r'(?i)gloo|nccl|coordination|heartbeat|connection|socket|UNAVAILABLE|'
+  r'DEADLINE_EXCEEDED|ABORTED'
+)
 
 
 def start(
@@ -88,6 +97,13 @@ def _wait_for(coordinator):
 def started() -> bool:
   """Whether this process has joined others."""
   return jax.distributed.is_initialized()
+
+
+def lost(error: BaseException) -> bool:
+  """Whether an error says that another process does not answer."""
+  said = str(error)
+  theirs = isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(said)
+  return started() and bool(theirs and _LOST.search(said))
 
 
 def gather(x: Any) -> np.ndarray:

@@ -182,7 +182,7 @@ class Lock:
 
   def _look(self):
     """What tells the lock that is there from any other; None without one."""
-    with contextlib.suppress(FileNotFoundError), self._path.open('rb') as file:
+    with _unless_gone(), self._path.open('rb') as file:
       about = os.fstat(file.fileno())
       return about.st_ino, about.st_mtime_ns, file.read()
     return None
@@ -221,8 +221,9 @@ class Lock:
     until = time.monotonic() + SILENCE
     while time.monotonic() < until:
       time.sleep(min(1.0, SILENCE / 10))
-      if _owner(self._path) != owner:
-        return True
+      now = _owner(self._path)
+      if now != owner:
+        return now is not None  # or it has left
     return False
 
 
@@ -283,10 +284,19 @@ def _read(path):
 
 def _owner(path):
   """What a lock says; None where it is gone or not whole."""
-  try:
+  with _unless_gone():
     return _whole(path.read_bytes())
-  except FileNotFoundError:
-    return None
+  return None
+
+
+@contextlib.contextmanager
+def _unless_gone():
+  """Passes over a file that is not there, or no more while it is read."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in (errno.ENOENT, errno.ESTALE):
+      raise
 
 
 def _whole(text):

@@ -8,7 +8,6 @@ ends with the same numbers: all that is random is a function of seed and step.
 
 import contextlib
 import dataclasses
-import errno
 import importlib.metadata
 import json
 import os
@@ -98,24 +97,16 @@ def _on_first(value):
 
 
 def hparams(config) -> dict:
-  """What distinguishes runs of a sweep, for TensorBoard's table."""
-  return {
-    'dataset': config.data.name,
-    **{k: v for k, v in config.data.args.items() if k != 'data_dir'},
-    'system': config.system,
-    'student': config.student,
-    'backbone': config.model.backbone.name,
-    'init': config.model.init,
-    'shots': config.support.shots,
-    'support_rule': config.support.rule,
-    'support_seed': config.support.seed,
-    'seed': config.seed,
-    'episodes': config.episodes,
-    'optim': config.optim,
-    'loss': config.loss,
-    'image_size': config.data.image_size,
-    'steps': config.steps,
-  }
+  """What may distinguish runs of a sweep, for TensorBoard's table.
+
+  That shows what differs, and takes runs for one in which nothing does.
+  """
+  found = json.loads(config.to_json_best_effort())
+  for key in ('eval', 'log_every', 'checkpoint_every'):
+    del found[key]
+  del found['data']['workers']
+  found['data']['args'].pop('data_dir', None)
+  return found
 
 
 @dataclasses.dataclass
@@ -235,15 +226,22 @@ class _Job:
           or step == config.steps
         ):
           save()
+        if self._tests_at(step):
+          self._stop_if_asked(pace)  # there may not be the time for a test
       if self._tests_at(step):
         test()
     with self.stop.deferred():
       self.saver.wait()
-      _, wanted = self._agree(pace)
-      if wanted:
-        raise recovery.Stopped(wanted)
+      self._stop_if_asked(pace)
     clock['adapt'] = time.monotonic() - begin
     return state
+
+  def _stop_if_asked(self, pace):
+    """Stops where all is saved, if a signal has come to any process."""
+    _, wanted = self._agree(pace)
+    if wanted:
+      self.saver.wait()
+      raise recovery.Stopped(wanted)
 
   def _tests_at(self, step):
     every = self.config.eval.every
@@ -374,8 +372,11 @@ def _claimed(config, workdir):
         files.write_atomically(workdir / 'config.json', _text(config))
     except (ValueError, OSError) as error:
       problem = error
-    if not _on_first(problem is None):
-      raise problem or ValueError('process 0 cannot start: its log says why')
+    in_use = isinstance(problem, recovery.InUseError)
+    fails, in_use = parallel.gather([problem is not None, in_use])[0]
+    if fails:  # all end alike
+      kind = recovery.InUseError if in_use else ValueError
+      raise problem or kind('process 0 cannot start: its last line says why')
     _begin_log(workdir)
     last.callback(_end_log)
     try:
@@ -386,26 +387,13 @@ def _claimed(config, workdir):
 
 
 def _locked(workdir):
-  with _writing(workdir):
+  with files.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     return recovery.Lock(workdir)
 
 
-@contextlib.contextmanager
-def _writing(workdir):
-  """Says of an error of the file system what to do."""
-  try:
-    yield
-  except OSError as error:
-    reason = os.strerror(error.errno or errno.EIO)
-    raise OSError(
-      f'cannot write the run into {workdir}: {reason}; give a --workdir that '
-      'can be written and has space'
-    ) from error
-
-
 def _begin_log(workdir):
-  with _writing(workdir):
+  with files.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)  # so that NFS looks again
     handler = logging.get_absl_handler()
     _end_log()

@@ -44,7 +44,7 @@ from clu import metric_writers  # noqa: E402
 def create(
   workdir: str | os.PathLike, *, resume_step: int | None = None
 ) -> metric_writers.MetricWriter:
-  """Returns the writer of a run; it writes in a background thread.
+  """Returns the writer of a run.
 
   Process 0 writes to the log, `<workdir>/tensorboard` and
   `<workdir>/metrics.jsonl`; the others write to their logs only.
@@ -58,7 +58,7 @@ def create(
   if jax.process_index() != 0:
     return metric_writers.create_default_writer(just_logging=True)
   workdir = pathlib.Path(workdir)
-  return metric_writers.AsyncMultiWriter(
+  return metric_writers.MultiWriter(
     [
       metric_writers.LoggingWriter(),
       SummaryWriter(workdir / 'tensorboard', resume_step=resume_step),
@@ -155,16 +155,19 @@ class SummaryWriter(metric_writers.MetricWriter):
 
   def flush(self):
     """Brings everything to the file."""
-    self._file.flush()
+    with files.writing(self._file.get_logdir()):
+      self._file.flush()
 
   def close(self):
     """Flushes and closes the file."""
     self._file.close()
 
   def _write(self, step, summary):
-    self._file.add_event(
-      event_pb2.Event(wall_time=time.time(), step=int(step), summary=summary)
+    event = event_pb2.Event(
+      wall_time=time.time(), step=int(step), summary=summary
     )
+    with files.writing(self._file.get_logdir()):
+      self._file.add_event(event)
 
   def _write_tensor(self, step, tag, array, metadata):
     summary = summary_pb2.Summary()
@@ -211,7 +214,7 @@ class JsonlWriter(metric_writers.MetricWriter):
       row[name] = value if np.isfinite(value) else None
     if _name(row) in self._kept:
       return
-    with self._path.open('a') as file:
+    with files.writing(self._path.parent), self._path.open('a') as file:
       file.write(json.dumps(row) + '\n')
 
   def write_summaries(self, step, values, metadata=None):

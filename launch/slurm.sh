@@ -24,13 +24,28 @@ for ((i = 1; i <= $#; i++)); do
     --workdir) next=$((i + 1)) && workdir=${!next-} ;;
   esac
 done
+workdir=${workdir%/}
 if [[ -z $workdir ]]; then
   echo 'error: give --workdir, a folder that all nodes see' >&2
   exit 1
 fi
 
+# What sbatch was given per task, srun does not take over by itself.
+if [[ -n ${SLURM_CPUS_PER_TASK-} ]]; then
+  export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+fi
+
 newest() {
   ls "$workdir/checkpoints" 2>/dev/null | grep -xE '[0-9]+' | sort -n | tail -n 1
+}
+
+# How often in a row, with this time, it was stopped without a new checkpoint.
+stalls() {
+  if [[ $(newest) == "$step" ]]; then
+    echo "$(($(cat "$workdir.stalls" 2>/dev/null || echo 0) + 1))"
+  else
+    echo 0
+  fi
 }
 
 # Time is nearly up: all processes are asked to save. With a signal, scancel
@@ -60,11 +75,16 @@ done
 # a node went away. All go on from the newest checkpoint, if there are new ones.
 case $status in
   75 | 134 | 137 | 143)
-    if ((${SLURM_RESTART_COUNT:-0} >= 3)) && [[ $(newest) == "$step" ]]; then
-      echo "error: exit code $status, again without a new checkpoint" >&2
+    count=$(stalls)
+    mkdir -p "$(dirname "$workdir")"
+    echo "$count" >"$workdir.stalls"
+    if ((count > 3)); then
+      echo "error: exit code $status, $count times without a new checkpoint" >&2
     else
       scontrol requeue "$SLURM_JOB_ID"
+      exit "$status"
     fi
     ;;
 esac
+rm -f "$workdir.stalls"
 exit "$status"

@@ -24,6 +24,15 @@ newest() {
   ls "$folder/checkpoints" 2>/dev/null | grep -xE '[0-9]+' | sort -n | tail -n 1
 }
 
+# How often in a row, with this time, it was stopped without a new checkpoint.
+stalls() {
+  if [[ $(newest) == "$step" ]]; then
+    echo "$(($(cat "$folder.stalls" 2>/dev/null || echo 0) + 1))"
+  else
+    echo 0
+  fi
+}
+
 fail() {
   printf '%s\n%s\n' "$1" "${command[*]@Q}" >"$folder.failed"
 }
@@ -54,6 +63,7 @@ while ((waiting)); do
 done
 
 if [[ -e $folder/results.json ]]; then
+  rm -f "$folder.stalls"
   exit 0
 elif [[ $ended ]]; then
   exit "$status"
@@ -61,8 +71,11 @@ fi
 case $status in
   # Stopped and saved; 143 is a run that was stopped before it could say so.
   75 | 130 | 143)
-    if ((${SLURM_RESTART_COUNT:-0} >= 3)) && [[ $(newest) == "$step" ]]; then
-      fail "exit code $status, again without a new checkpoint"
+    count=$(stalls)
+    echo "$count" >"$folder.stalls"
+    if ((count > 3)); then
+      rm -f "$folder.stalls"
+      fail "exit code $status, $count times without a new checkpoint"
     else
       # Not $SLURM_JOB_ID: for one task of an array that is the whole array's.
       scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"

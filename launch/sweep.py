@@ -37,6 +37,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from distillfss_jax import files
+from launch import results
 
 MAIN = (sys.executable, '-m', 'distillfss_jax.main')
 SCRIPT = pathlib.Path(__file__).with_name('slurm_array.sh')
@@ -221,8 +222,28 @@ def plan(config: str, items: Sequence[str], shared: Sequence[str], root: str):
     if count > 1:
       raise ValueError(f'{count} cells of the grid have the name {name}')
   for run in runs:
-    check(module['get_config'], run)
+    _check_folder(run, check(module['get_config'], run))
   return runs
+
+
+def _check_folder(run, config):
+  """Raises ValueError where a run's folder holds a run of another config."""
+  # Names do not say all of a cell, and a config's file may have changed.
+  path = run.folder / 'config.json'
+  if not path.is_file():
+    return
+  old = results.flat(json.loads(path.read_text()))
+  new = results.flat(json.loads(config.to_json_best_effort()))
+  differ = [
+    f'{key} was {old.get(key, "absent")!r}, is {new.get(key, "absent")!r}'
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key)
+  ]
+  if differ:
+    raise ValueError(
+      f'{run.folder} holds a run of another config; give another --root, or '
+      f'remove that folder. It differs in: {"; ".join(differ)}'
+    )
 
 
 def _load(config):
@@ -258,8 +279,8 @@ def _run(config, cell, root):
   return Run(cell, folder, flags_of(config, cell))
 
 
-def check(get_config, run: Run) -> None:
-  """Raises ValueError for a run that main would refuse."""
+def check(get_config, run: Run) -> ConfigDict:
+  """The config of a run; ValueError for one that main would refuse."""
   given = arguments(run.cell)
   try:
     config = get_config(*([given] if given else []))
@@ -271,6 +292,7 @@ def check(get_config, run: Run) -> None:
       'config', config, flag_values=reader, sys_argv=line
     )
     reader(line)
+    return config
   except (ValueError, TypeError, flags.Error) as error:
     said = ' '.join(str(error).split())
     raise ValueError(f'{said} (in the cell {run.name})') from error

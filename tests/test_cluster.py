@@ -2,12 +2,16 @@
 
 import contextlib
 import functools
+import os
 import random
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import test_run
@@ -19,6 +23,8 @@ from tensorboard.backend.event_processing import (
 from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import backend_context
 from test_run import finish, leaves, log, rows, scores, steps_saved
+
+from distillfss_jax import parallel, recovery
 
 STEPS = 16
 # AdamW makes much of rounding: small steps keep runs comparable.
@@ -48,11 +54,15 @@ def run(*args):
   return finish(start(*args))
 
 
-def start_all(workdir, processes, *arguments):
-  """Starts the processes of a run, of one device each."""
+def free_port():
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
-    port = s.getsockname()[1]
+    return s.getsockname()[1]
+
+
+def start_all(workdir, processes, *arguments):
+  """Starts the processes of a run, of one device each."""
+  port = free_port()
   return [
     start(
       workdir,
@@ -133,9 +143,17 @@ def test_two_processes_are_one(one, two):
 
 @pytest.mark.slow
 def test_four_processes_are_one(home, one):
-  done = run_all(home / 'four', 4)
+  """Also when they were stopped and started again."""
+  workdir = home / 'four'
+  processes = start_all(workdir, 4)
+  wait_for((workdir / 'metrics.jsonl').exists, processes)
+  processes[2].send_signal(signal.SIGTERM)
+  done = [finish(process) for process in processes]
+  assert [x.returncode for x in done] == [75] * 4, done[0].stderr[-3000:]
+  assert 0 < steps_saved(workdir)[-1] < STEPS
+  done = run_all(workdir, 4)
   assert [x.returncode for x in done] == [0] * 4, done[0].stderr[-3000:]
-  assert_close(one, home / 'four')
+  assert_close(one, workdir)
 
 
 @pytest.mark.slow
@@ -197,6 +215,7 @@ def test_a_process_that_hangs_ends_the_other(home):
   ('flags', 'said'),
   [
     (['--coordinator=127.0.0.1:1'], '--num_processes, --process_id is missing'),
+    (['--num_processes=2', '--process_id=1'], '--coordinator is missing'),
     (
       ['--coordinator=127.0.0.1:1', '--num_processes=2', '--process_id=2'],
       '--process_id must be 0..1',
@@ -226,6 +245,64 @@ def test_one_run_in_a_folder(home, one):
   assert_stopped(workdir, finish(first), 75)
   assert run(workdir, *CONFIG).returncode == 0
   assert_same(workdir, one)
+
+
+@pytest.mark.slow
+def test_a_folder_in_use_is_so_for_all_processes(home):
+  """Else a scheduler takes the others' word for it that the run is wrong."""
+  workdir = home / 'used_by_one'
+  workdir.mkdir()
+  with recovery.Lock(workdir):
+    done = run_all(workdir, 2)
+  assert [x.returncode for x in done] == [69, 69]
+  assert f'in use by process {os.getpid()} on' in done[0].stderr
+  assert 'process 0 cannot start' in done[1].stderr
+
+
+def test_what_says_that_a_process_is_lost(monkeypatch):
+  gloo = 'UNKNOWN: Gloo AllGather failed: Connection closed by peer'
+  monkeypatch.setattr(parallel, 'started', lambda: True)
+  # JAX raises it so from the second call of a program on.
+  assert parallel.lost(ValueError(gloo))
+  assert parallel.lost(jax.errors.JaxRuntimeError(gloo))
+  assert not parallel.lost(ValueError('no backbone of this connection'))
+  assert not parallel.lost(jax.errors.JaxRuntimeError('INTERNAL: a fault'))
+  monkeypatch.setattr(parallel, 'started', lambda: False)
+  assert not parallel.lost(ValueError(gloo))
+
+
+LEFT_ALONE = """
+import os, sys
+from distillfss_jax import parallel
+mine = int(sys.argv[2])
+parallel.start(sys.argv[1], 2, mine)
+parallel.gather(1)
+if mine:
+  os._exit(9)
+try:
+  parallel.gather(2)
+except Exception as error:
+  print(type(error).__name__, parallel.lost(error), flush=True)
+  os._exit(0)
+"""
+
+
+def test_a_program_called_again_says_that_a_process_is_lost():
+  place = f'127.0.0.1:{free_port()}'
+  command = [sys.executable, '-c', LEFT_ALONE, place]
+  first, second = (
+    subprocess.Popen(
+      [*command, str(i)], text=True, cwd=test_run.ROOT,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+    for i in range(2)
+  )  # fmt: skip
+  second.communicate(timeout=300)
+  out, said = first.communicate(timeout=300)
+  # JAX may be quicker.
+  assert first.returncode in (0, -signal.SIGABRT), said
+  if not first.returncode:
+    assert out.endswith(' True\n'), out
 
 
 def assert_stopped(workdir, done, code):
@@ -324,7 +401,10 @@ def test_hparams_of_a_sweep(home, one):
     request, '', True, of_runs, [], None
   )
   hparams = {x.name: x for x in experiment.hparam_infos}
-  assert {'backbone', 'shots', 'seed', 'optim/lr', 'system'} <= set(hparams)
+  assert {
+    'model/backbone/name', 'support/shots', 'seed', 'optim/lr', 'system',
+    'data/args/num_test',
+  } <= set(hparams)  # fmt: skip
   assert hparams['optim/lr'].domain_interval.min_value == 1e-5
   metrics = {info.name.tag for info in experiment.metric_infos}
   assert {'test/teacher_miou', 'train/loss'} <= metrics

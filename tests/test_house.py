@@ -32,11 +32,11 @@ TEXTS = sorted(
 # Who stands where; what is not named stands on top, beside main.
 FLOORS = {
   **dict.fromkeys(('types', 'files'), 0),
-  **dict.fromkeys(('ops', 'params', 'archive', 'hub'), 1),
+  **dict.fromkeys(('ops', 'params', 'archive', 'hub', 'parallel'), 1),
   **dict.fromkeys(
     (
-      'backbones', 'data', 'optim', 'checkpoint', 'writer', 'parallel',
-      'recovery', 'report',
+      'backbones', 'data', 'optim', 'checkpoint', 'writer', 'recovery',
+      'report',
     ),
     2,
   ),

@@ -17,6 +17,7 @@ from conftest import ROOT
 # told.
 RUN = """#!/usr/bin/env bash
 echo "$@" >>"$SEEN"
+if [[ ${SAVE-} ]]; then mkdir -p "$SAVE"; fi
 if [[ ${WAIT-} ]]; then trap 'exit 75' TERM; while :; do sleep 0.05; done; fi
 exit ${STATUS-0}
 """
@@ -118,13 +119,34 @@ def test_slurm_leaves_an_error(stand_ins):
 
 
 def test_slurm_gives_up_without_progress(stand_ins, tmp_path):
-  (tmp_path / 'x/checkpoints/10').mkdir(parents=True)
-  done = slurm(
-    stand_ins, '--workdir', 'x', STATUS='75', SLURM_RESTART_COUNT='3'
+  """After three times in a row; a new checkpoint is a new start."""
+
+  def stopped(**more):
+    done = slurm(stand_ins, '--workdir', 'new/x/', STATUS='75', **more)
+    assert done.returncode == 75
+    return seen(stand_ins)[-1] == 'scontrol requeue 4242', done.stderr
+
+  for step in ('10', '20'):
+    assert stopped(SAVE=f'new/x/checkpoints/{step}')[0]
+    for _ in range(3):
+      assert stopped()[0]
+  again, said = stopped()
+  assert not again
+  assert '75, 4 times without a new checkpoint' in said
+  assert stopped()[0]  # somebody started it anew
+  assert slurm(stand_ins, '--workdir', 'new/x').returncode == 0
+  assert not list(tmp_path.rglob('*.stalls'))
+
+
+def test_slurm_tells_srun_of_the_cores(stand_ins):
+  pathlib.Path(stand_ins['PYTHON']).write_text(
+    RUN.replace('$@', '$SRUN_CPUS_PER_TASK')
   )
-  assert done.returncode == 75
-  assert 'again without a new checkpoint' in done.stderr
-  assert 'requeue' not in seen(stand_ins)[-1]
+  assert not slurm(stand_ins, '--workdir', 'x').returncode
+  assert not slurm(
+    stand_ins, '--workdir', 'x', SLURM_CPUS_PER_TASK='8'
+  ).returncode
+  assert seen(stand_ins) == ['', '', '8', '8']
 
 
 def test_slurm_saves_when_time_is_up(stand_ins):
@@ -230,3 +252,5 @@ def test_kubernetes():
   }
   assert 75 in codes['Ignore']
   assert codes['FailJob'] == [1]
+  # Else an abort is 139 there, and SIGTERM is not heard at first.
+  assert pod['shareProcessNamespace'] is True

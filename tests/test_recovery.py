@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -109,6 +110,34 @@ def test_an_owner_elsewhere_that_lives(tmp_path):
     pass
   ended.set()
   thread.join()
+
+
+def test_an_owner_elsewhere_that_leaves(tmp_path, monkeypatch):
+  write(tmp_path, count=0)
+  sleep = time.sleep
+
+  def leave(seconds):
+    (tmp_path / 'lock').unlink(missing_ok=True)
+    sleep(0.01)
+
+  monkeypatch.setattr(recovery.time, 'sleep', leave)
+  with recovery.Lock(tmp_path):  # the folder is free
+    monkeypatch.undo()
+
+
+def test_a_lock_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
+  """As NFS says it: it is as if it were gone."""
+  with recovery.Lock(tmp_path) as lock:
+
+    def stale(*args, **kwargs):
+      raise OSError(errno.ESTALE, 'Stale file handle')
+
+    monkeypatch.setattr(pathlib.Path, 'open', stale)
+    monkeypatch.setattr(pathlib.Path, 'read_bytes', stale)
+    assert recovery._owner(tmp_path / 'lock') is None
+    assert lock._look() is None
+    monkeypatch.undo()
+    assert recovery._owner(tmp_path / 'lock')['pid'] == os.getpid()
 
 
 def test_an_owner_elsewhere_that_is_silent(tmp_path, quick, capsys):

@@ -20,7 +20,7 @@ import pytest
 from launch import sweep
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TIMEOUT = 30
+TIMEOUT = 120
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -241,6 +241,23 @@ def test_grid_is_a_product_with_the_last_key_fastest():
     ('1', 'x'), ('1', 'y'), ('2', 'x'), ('2', 'y'),
   ]  # fmt: skip
   assert list(cells[0]) == ['b', 'config.a']
+
+
+def test_a_folder_of_another_config_is_not_taken_for_finished(home):
+  """Two cells may have one name, and a config's file may have changed."""
+  grid = ('--grid', "config.optim.trainable=('A/b',)")
+  assert home.sweep(*grid).returncode == 0
+  [folder] = home.runs.glob('*/results.json')
+  config = {'seed': 0, 'kind': 'good', 'optim': {'lr': 1e-3}}
+  config['optim']['trainable'] = ['A/b']
+  place = folder.with_name('config.json')
+  place.write_text(json.dumps(config))  # as main leaves it
+  assert '1 of 1 are finished' in home.sweep(*grid).stdout
+  said = refused('--grid', "config.optim.trainable=('A_b',)")
+  assert 'holds a run of another config; give another --root' in said
+  assert "optim.trainable was ['A/b'], is ['A_b']" in said
+  home.config.write_text(CONFIG.replace('1e-3', '1e-2'))
+  assert 'optim.lr was 0.001, is 0.01' in refused(*grid)
 
 
 @pytest.mark.parametrize(

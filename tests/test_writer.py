@@ -1,5 +1,6 @@
 """Metric writers, read back with TensorBoard's own readers."""
 
+import errno
 import io
 import json
 import logging
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from clu import asynclib
 from PIL import Image
 from tensorboard.backend.event_processing import (
   event_accumulator,
@@ -183,9 +183,24 @@ def test_refusals(tmp_path):
   with pytest.raises(ValueError, match='step'):
     w.write_scalars(1, {'step': 2})
   w = writer.create(tmp_path)
-  w.write_scalars(1, {'pair': np.zeros(2)})
-  with pytest.raises(asynclib.AsyncError):
-    w.flush()
+  with pytest.raises(ValueError, match='size 1'):
+    w.write_scalars(1, {'pair': np.zeros(2)})
+  w.close()
+
+
+def test_a_full_disk_is_told_in_a_line(tmp_path, monkeypatch):
+  w = writer.create(tmp_path)
+  w.write_scalars(1, {'loss': 1.0})
+
+  def no_space(*args):
+    raise OSError(errno.ENOSPC, 'as the system has it')
+
+  monkeypatch.setattr(pathlib.Path, 'open', no_space)
+  with pytest.raises(OSError, match='No space left') as error:
+    w.write_scalars(2, {'loss': 1.0})
+  assert f'cannot write into {tmp_path}' in str(error.value)
+  assert 'give another --workdir' in str(error.value)
+  w.close()
 
 
 def test_audio_and_videos_are_skipped(tmp_path, caplog):
