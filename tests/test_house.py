@@ -15,6 +15,8 @@ import sys
 
 import pytest
 
+from launch import collect, sweep, variance
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = 'distillfss_jax'
 SOURCES = sorted((ROOT / PACKAGE).rglob('*.py'))
@@ -357,7 +359,29 @@ def parse_flags(module, lines):
   )  # fmt: skip
 
 
-def test_readme_commands():
+NOWHERE = 'runs_of_nobody'  # where no run lies
+
+
+def plan_sweep(line):
+  args = sweep.parser().parse_args(line)
+  sweep.plan(args.config, args.grid, args.set, NOWHERE)
+
+
+def plan_variance(line):
+  args = variance._parse(line)
+  variance.plan(args.config, args.draws, args.seeds, args.set, NOWHERE)
+
+
+# What takes command lines as far as they can be without running anything.
+PLANNED = {
+  'launch.sweep': plan_sweep,
+  'launch.variance': plan_variance,
+  'launch.collect': collect._parse,
+}
+
+
+def test_readme_commands(monkeypatch):
+  monkeypatch.chdir(ROOT)
   readme = ROOT / 'README.md'
   if not readme.exists():
     pytest.skip('there is no README.md')
@@ -376,6 +400,8 @@ def test_readme_commands():
     elif command[:2] == ['python', '-m']:
       if command[2].startswith(f'{PACKAGE}.'):
         flags.setdefault(command[2], []).append(command[3:])
+      elif command[2].startswith('launch.'):
+        PLANNED[command[2]](command[3:])
       else:
         assert importlib.util.find_spec(command[2].split('.')[0]), command
     elif command[0] == 'python':
@@ -385,6 +411,18 @@ def test_readme_commands():
     assert module in MODULES, f'README.md: no module {module}'
     done = parse_flags(module, lines)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_bad_sweeps_are_noticed(monkeypatch):
+  monkeypatch.chdir(ROOT)
+  for name, line in (
+    ('launch.sweep', ['configs/nucleus.py', '--grid', 'shot=5']),
+    ('launch.sweep', ['configs/nucleus.py', '--grids', 'shots=5']),
+    ('launch.variance', ['configs/nucleus.py', '--set', 'config.step=4']),
+    ('launch.collect', ['runs', '--papers']),
+  ):
+    with pytest.raises((ValueError, SystemExit)):
+      PLANNED[name](line)
 
 
 def test_bad_commands_are_noticed():
