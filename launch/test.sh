@@ -4,6 +4,7 @@
 #   bash launch/test.sh                      all but the slow ones
 #   bash launch/test.sh tests/test_ops.py -k attention     arguments of pytest
 #   bash launch/test.sh -m slow
+#   bash launch/test.sh --hypothesis-profile=explore tests/test_archive.py
 #   REQUIREMENTS=requirements-cuda.txt bash launch/test.sh     on an NVIDIA GPU
 #   REQUIREMENTS=requirements-lock-3.12.txt VENV=.venv-lock bash launch/test.sh
 #

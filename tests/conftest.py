@@ -2,7 +2,18 @@
 
 import pathlib
 
+import hypothesis
 import pytest
+
+# The same examples every time, on machines of any speed; others are found by
+# pytest --hypothesis-profile=explore.
+_PATIENT = {
+  'deadline': None,
+  'suppress_health_check': [hypothesis.HealthCheck.too_slow],
+}
+hypothesis.settings.register_profile('explore', **_PATIENT)
+hypothesis.settings.register_profile('steady', derandomize=True, **_PATIENT)
+hypothesis.settings.load_profile('steady')
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared'

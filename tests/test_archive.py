@@ -321,7 +321,7 @@ def _cases(dtypes):
 def test_what_is_written_is_read(folder, suffix, dtypes):
   path = folder / f'round{suffix}'
 
-  @settings(max_examples=150, deadline=None)
+  @settings(max_examples=150)
   @given(_cases(dtypes))
   def check(tensors):
     archive.write(path, tensors)
@@ -607,7 +607,7 @@ def _views(draw):
 
 
 def test_views_stay_within_their_storage(folder):
-  @settings(max_examples=300, deadline=None)
+  @settings(max_examples=300)
   @given(_views())
   def check(case):
     count, offset, size, stride = case
@@ -734,7 +734,7 @@ def test_generated_pickles_are_read_or_refused(folder):
     ]
   )
 
-  @settings(max_examples=300, deadline=None)
+  @settings(max_examples=300)
   @given(st.lists(parts, max_size=12), st.booleans())
   def check(operations, legacy):
     body = b''.join(operations)
@@ -747,7 +747,7 @@ def test_generated_pickles_are_read_or_refused(folder):
 
 @pytest.mark.parametrize('start', [b'', b'PK\x03\x04', b'\x80\x02', b'{' * 9])
 def test_any_bytes_are_refused(folder, start):
-  @settings(max_examples=40, deadline=None)
+  @settings(max_examples=40)
   @given(st.binary(max_size=60))
   def check(data):
     (folder / 'r.pt').write_bytes(start + data)

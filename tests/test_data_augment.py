@@ -132,7 +132,7 @@ def test_scale_by_one_changes_nothing():
 @hypothesis.given(
   st.integers(1, 30), st.integers(1, 30), st.floats(0.3, 2.5), st.integers(0, 9)
 )
-@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.settings(max_examples=50)
 def test_scale_of_a_constant_is_constant(rows, columns, factor, seed):
   colour = rng(seed).integers(0, 256, 3)
   image = np.broadcast_to(colour.astype(np.uint8), (rows, columns, 3))
@@ -489,7 +489,7 @@ def bilinear(image, y, x):
 
 
 @hypothesis.given(*[st.integers(1, 30)] * 4)
-@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.settings(max_examples=50)
 def test_sampling_is_bilinear_between_the_middles(rows, columns, tall, wide):
   image = noise(rows, columns)[0]
   made = transforms.sample_image(image, (tall, wide))
@@ -538,7 +538,7 @@ def test_bilinear_labels_go_to_the_heaviest():
   st.integers(1, 24),
   st.integers(0, 2**32 - 1),
 )
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=300)
 def test_recipes_make_no_new_labels(name, rows, columns, size, seed):
   image = rng(seed).integers(0, 256, (rows, columns, 3)).astype(np.uint8)
   labels = np.uint8([1, 2, 7, 255, 0])[: 1 + seed % 5]

@@ -24,10 +24,7 @@ from distillfss_jax.ops import (
 )
 from distillfss_jax.types import VOID
 
-# Drawn examples that fail would come and go; these are always the same.
-_steady = hypothesis.settings(
-  max_examples=40, deadline=None, derandomize=True, database=None
-)
+_few = hypothesis.settings(max_examples=40)
 
 
 def _golden(shared, name):
@@ -506,7 +503,7 @@ def test_shots_are_dealt_to_votes_in_order():
   ]
 
 
-@_steady
+@_few
 @hypothesis.given(
   st.lists(st.booleans(), min_size=7, max_size=7),
   st.sampled_from([1, 2, 3, 7, 9]),
@@ -571,7 +568,7 @@ def test_without_any_shot_all_is_background():
   assert (np.asarray(merged).argmax(-1) == 0).all()
 
 
-@_steady
+@_few
 @hypothesis.given(
   st.integers(0, 2**32 - 1), st.lists(st.booleans(), min_size=3, max_size=3)
 )
@@ -847,7 +844,7 @@ def test_labels_as_they_are_stored_count_as_well():
   np.testing.assert_array_equal(counts, expected)
 
 
-@_steady
+@_few
 @hypothesis.given(
   st.lists(
     st.tuples(st.sampled_from([0, 1, 2, VOID]), st.integers(0, 2)),

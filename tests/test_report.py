@@ -89,7 +89,7 @@ def test_panel_scales_and_keeps_proportions():
   ),
   width=st.integers(24, 200),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_captions_are_never_cut(title, width):
   caption = np.asarray(report._caption(title, width))
   assert caption.shape[1] == width

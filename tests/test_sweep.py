@@ -5,6 +5,7 @@ its ends. The slow test has real ones.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -136,6 +137,15 @@ class Home:
     path = self.runs / name / 'starts'
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
+
+  def is_free(self, name):
+    """Whether no process has a run's log locked."""
+    with (self.runs / f'{name}.log').open('ab') as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        return False
+    return True
 
   def log(self, name):
     """The log of a run."""
@@ -509,8 +519,8 @@ def test_a_run_outlives_its_sweep(home):
   assert 'kind=slow is run by another process' in done.stdout
   assert '0 of 1 done, 1 run by another process' in done.stdout
   os.kill(home.starts('kind=slow')[0]['pid'], signal.SIGTERM)
-  until(lambda: home.log('kind=slow').endswith('saved\n'))
-  time.sleep(0.1)
+  until(lambda: home.is_free('kind=slow'))
+  assert home.log('kind=slow').endswith('saved\n')
   assert home.sweep(*grid).returncode == 0
 
 

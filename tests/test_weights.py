@@ -238,7 +238,6 @@ def test_a_round_trip_changes_no_bit(tmp_path, model, backbone, fields, ending):
 
 
 @given(st.sampled_from(['', 'module.', 'module.model.', '_orig_mod.module.']))
-@settings(deadline=None)
 def test_prefixes_are_seen_through(prefix):
   for fields in ({}, {'student': 'full'}):
     system, arrays, tensors = tiny(**fields)
@@ -261,7 +260,7 @@ def test_timm_names_a_swin_in_its_own_way():
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_whatever_does_not_fit_is_named(data):
   system, _, tensors = tiny(backbone='resnet_tiny')
   read = sorted(
