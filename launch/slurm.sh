@@ -54,11 +54,11 @@ trap 'waiting=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
 step=$(newest)
 # srun says the highest code of all processes: an error must be above those of
-# the processes that are killed because of it. TERM reaches this shell, too.
-run='trap waiting=1 TERM
-"$@" &
-waiting=1
-while ((waiting)); do waiting=0; wait "$!"; code=$?; done
+# the processes that are killed because of it. TERM reaches this shell, too, and
+# is for the program alone: bash's `wait` loses a code where both come at once.
+run='trap "" TERM
+(trap - TERM; exec "$@")
+code=$?
 exit "$((code == 1 ? 255 : code))"'
 waiting=1
 srun --kill-on-bad-exit=1 bash -c "$run" run \
