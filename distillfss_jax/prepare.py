@@ -12,7 +12,7 @@ import sys
 import time
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from distillfss_jax import report
 from distillfss_jax.data import augment, core, episodes, pipeline
@@ -145,9 +145,15 @@ def _episodes(dataset, data_dir):
   return f'and at episodes: {path}\n' if path else ''
 
 
+def _not_of_tfds(record):
+  """What TFDS tells of its insides says nothing of the images."""
+  return 'tensorflow_datasets' not in record.pathname or record.levelno > 20
+
+
 def main(argv):
   """Runs the flags; 1 and one line instead of a traceback on a known error."""
   values = flags.FLAGS
+  logging.get_absl_handler().addFilter(_not_of_tfds)
   try:
     if len(argv) > 1:
       raise ValueError(f'what is {argv[1:]}? Options are --dataset, --raw, ...')

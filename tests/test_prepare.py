@@ -47,6 +47,7 @@ def test_prepare_and_again(tmp_path):
   )
   assert '5/5' in done.stderr  # the bar
   assert done.stderr.count('1 images that splits/nucleus.json') == 1
+  assert 'dataset_builder' not in done.stderr
   again = prepare(*command)
   assert again.returncode == 0
   assert 'prepared already: 3 train, 2 test' in again.stdout
