@@ -184,7 +184,7 @@ def define_flags():
   flags.DEFINE_string('data_dir', 'data', 'Folder of all prepared datasets.')
   flags.DEFINE_string('split', None, 'Rule that divides train and test.')
   flags.DEFINE_string('name', None, "What to call a folder's dataset.")
-  flags.DEFINE_string('unknown', None, "What DeepGlobe's black is: void.")
+  flags.DEFINE_string('unknown', None, "DeepGlobe's black: void | reference.")
   flags.DEFINE_bool('show', False, 'Write a contact sheet of what is there.')
   flags.DEFINE_bool('skip_bad', False, 'Leave out images with bad files.')
 

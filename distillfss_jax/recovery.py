@@ -157,8 +157,8 @@ class Lock:
     """Makes the lock where there is none; says whether it is this one's."""
     # A link appears with all its content: nobody ever sees half a lock.
     whole = self._path.with_name(f'.{LOCK}.{self._mine["token"]}')
-    whole.write_text(self._text(0))
     try:
+      whole.write_text(self._text(0))
       os.link(whole, self._path)
     except FileExistsError:
       # NFS may say so of the link that it has just made.

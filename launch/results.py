@@ -76,7 +76,7 @@ def load(folder: pathlib.Path) -> Run | None:
   done = (folder / 'results.json').exists()
   if not (folder / 'config.json').is_file():
     raise ValueError(f'{folder}/results.json has no config.json beside it')
-  config = flat(_object(folder / 'config.json'))
+  config = flat(json_object(folder / 'config.json'))
   if not done and 'system' not in config:
     return None  # converted weights also have one
   for key, kind in NEEDED.items():
@@ -85,10 +85,13 @@ def load(folder: pathlib.Path) -> Run | None:
         f'{folder}/config.json is damaged or of another version: {key} is '
         f'{config.get(key)!r}, not of type {kind.__name__}'
       )
-  return Run(folder, config, _object(folder / 'results.json') if done else None)
+  return Run(
+    folder, config, json_object(folder / 'results.json') if done else None
+  )
 
 
-def _object(path):
+def json_object(path: pathlib.Path) -> dict:
+  """Reads a file of one JSON object; ValueError where it is damaged."""
   try:
     value = json.loads(path.read_text())
   except ValueError as error:

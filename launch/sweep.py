@@ -232,7 +232,7 @@ def _check_folder(run, config):
   path = run.folder / 'config.json'
   if not path.is_file():
     return
-  old = results.flat(json.loads(path.read_text()))
+  old = results.flat(results.json_object(path))
   new = results.flat(json.loads(config.to_json_best_effort()))
   differ = [
     f'{key} was {old.get(key, "absent")!r}, is {new.get(key, "absent")!r}'

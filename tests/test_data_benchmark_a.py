@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from trees import pack, put
 
+from distillfss_jax import prepare
 from distillfss_jax.data import core, deepglobe, isic, kvasir, pothole
 
 SIZE = (16, 24)
@@ -384,7 +385,7 @@ def test_deepglobe_unknown(tmp_path):
   raw = pack(files, tmp_path / 'x.zip')
   with pytest.raises(ValueError, match="unknown 'x' is not one of"):
     deepglobe.prepare(raw, tmp_path, unknown='x')
-  deepglobe.prepare(raw, tmp_path, unknown='reference')
+  prepare.run('deepglobe', raw, tmp_path, unknown='reference')
   made = deepglobe.load(tmp_path)
   for record in (*made.train, *made.test):
     label = records[record['id']][1]

@@ -92,6 +92,9 @@ def test_a_contact_sheet(tmp_path):
     assert 'does not take --name' in error(
       prepare(*place, *given, '--name', 'x')
     )
+  assert 'does not take --unknown' in error(
+    prepare(*place, '--raw', raw, '--unknown', 'void')
+  )
 
 
 def test_a_test_image_is_no_training_image(tmp_path):
@@ -197,6 +200,18 @@ def test_links_are_followed_and_lead_nowhere_twice(tmp_path):
   (raw / 'round').symlink_to(raw)
   manifest, _ = nucleus.prepare(raw, tmp_path / 'd')
   assert {row['id'] for row in manifest['records']} == set(records)
+
+
+def test_a_folder_may_be_linked_twice(tmp_path):
+  real, raw = tmp_path / 'real', tmp_path / 'raw'
+  put({'a.txt': b''}, real, top='')
+  raw.mkdir()
+  for name in ('one', 'two'):
+    (raw / name).symlink_to(real)
+  (raw / 'broken').symlink_to(tmp_path / 'nowhere')
+  (real / 'back').symlink_to(raw)  # round by way of elsewhere
+  with core.Files(raw, '') as files:
+    assert files.names == ('one/a.txt', 'two/a.txt')
 
 
 def test_ctrl_c_is_one_line(tmp_path):

@@ -266,6 +266,9 @@ def test_a_folder_of_another_config_is_not_taken_for_finished(home):
   said = refused('--grid', "config.optim.trainable=('A_b',)")
   assert 'holds a run of another config; give another --root' in said
   assert "optim.trainable was ['A/b'], is ['A_b']" in said
+  place.write_text('{"seed": 0')
+  assert f'{place.relative_to(home.path)} is damaged' in refused(*grid)
+  place.write_text(json.dumps(config))
   home.config.write_text(CONFIG.replace('1e-3', '1e-2'))
   assert 'optim.lr was 0.001, is 0.01' in refused(*grid)
 

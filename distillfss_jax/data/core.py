@@ -357,18 +357,17 @@ class Files:
     return decode(self.read(name), name, mode)
 
 
-def _below(root):
+def _below(folder, within='', above=()):
   """Yields the paths of all files of a folder, through links, too."""
-  seen = set()
-  for folder, folders, names in os.walk(root, followlinks=True):
-    # A link to a folder above would lead round for ever.
-    place = os.path.realpath(folder)
-    if place in seen:
-      folders.clear()
-      continue
-    seen.add(place)
-    within = pathlib.Path(folder).relative_to(root)
-    yield from ((within / name).as_posix() for name in names)
+  place = os.path.realpath(folder)
+  if place in above:
+    return  # a link to a folder above would lead round for ever
+  with os.scandir(folder) as entries:
+    for entry in sorted(entries, key=lambda entry: entry.name):
+      if entry.is_dir():
+        yield from _below(entry, f'{within}{entry.name}/', (*above, place))
+      elif entry.is_file():
+        yield f'{within}{entry.name}'
 
 
 def _hidden(name):
