@@ -16,16 +16,10 @@ import jax
 from absl import app, flags, logging
 from flax import nnx
 
-from distillfss_jax import (
-  archive,
-  backbones,
-  checkpoint,
-  files,
-  hub,
-  params,
-  weights,
-)
+from distillfss_jax import backbones, files, params
 from distillfss_jax.models import dcama, distilled
+from distillfss_jax.pretrained import archive, hub, weights
+from distillfss_jax.workdir import checkpoint
 
 MODELS = ('dcama', 'backbone')
 

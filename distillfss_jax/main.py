@@ -17,7 +17,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from distillfss_jax import parallel, recovery, train
+from distillfss_jax import parallel, train
+from distillfss_jax.workdir import locking, signals
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'The experiment: a file, and arguments after a colon.'
@@ -67,7 +68,7 @@ def main(argv):
     if together and not finished:
       parallel.start(*place)
     results = train.run(config, workdir)
-  except recovery.Stopped as stopped:
+  except signals.Stopped as stopped:
     again = f'the same command with --workdir {workdir} goes on'
     _leave(stopped.code, f'stopped by {stopped}: {again}')
   except Exception as error:
@@ -84,15 +85,15 @@ def _fail(error, workdir):
   """Ends the process with what an error means; raises what nobody foresaw."""
   if parallel.lost(error):
     _leave(
-      recovery.AGAIN,
+      signals.AGAIN,
       'error: another process of this run was lost, and this one ends with it '
       f'({str(error).splitlines()[0][:200]}). Start all of them again with '
       f'--workdir {workdir}: the run goes on from its newest checkpoint',
     )
-  if isinstance(error, recovery.InUseError):
-    _leave(recovery.IN_USE, f'error: {error}')
+  if isinstance(error, locking.InUseError):
+    _leave(locking.IN_USE, f'error: {error}')
   if isinstance(error, ConnectionError):
-    _leave(recovery.AGAIN, f'error: {error}')
+    _leave(signals.AGAIN, f'error: {error}')
   if isinstance(error, ValueError | TypeError | OSError):
     _leave(1, f'error: {error}')
   if not parallel.started():

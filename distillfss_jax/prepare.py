@@ -14,8 +14,9 @@ import time
 import numpy as np
 from absl import app, flags, logging
 
-from distillfss_jax import report
-from distillfss_jax.data import augment, core, episodes, pipeline
+from distillfss_jax import datasets
+from distillfss_jax.data import augment, episodes, pipeline
+from distillfss_jax.workdir import pictures
 
 _SHOWN, _SIZE = 10, 192  # images of each split on a contact sheet; pixels
 
@@ -26,7 +27,7 @@ def run(dataset, raw, data_dir, **options):
   Raises:
     ValueError, OSError: with one line that says what is wrong.
   """
-  module = core.module(dataset)
+  module = datasets.module(dataset)
   if not hasattr(module, 'prepare'):
     print(f'{dataset} is made while it is read: nothing needs preparing.')
     return
@@ -66,12 +67,12 @@ def show(dataset, data_dir, **options):
   Raises:
     ValueError, OSError: with one line that says what is wrong.
   """
-  load = core.module(dataset).load
+  load = datasets.module(dataset).load
   _check_takes(dataset, load, options)
   if 'data_dir' in inspect.signature(load).parameters:
     options['data_dir'] = data_dir
   made = load(**options)
-  rows = [report.legend(made.classes, made.palette)]
+  rows = [pictures.legend(made.classes, made.palette)]
   for split in ('train', 'test'):
     source = getattr(made, split)
     count = min(_SHOWN, len(source))
@@ -80,7 +81,7 @@ def show(dataset, data_dir, **options):
       dataclasses.replace(made, train=source), chosen, _SIZE
     )
     rows.append(
-      report.support_panel(
+      pictures.support_panel(
         images.images,
         images.labels,
         names=[f'{split} {id_[:14]}' for id_ in images.ids],
@@ -90,9 +91,9 @@ def show(dataset, data_dir, **options):
   present = np.concatenate([made.train.present, made.test.present]).sum(0)
   sizes = np.concatenate([made.train.sizes, made.test.sizes])
   counts = dict(zip(made.classes, present.tolist(), strict=True))
-  rows.append(report.histogram(sizes, counts))
+  rows.append(pictures.histogram(sizes, counts))
   path = pathlib.Path(data_dir) / made.name / 'show.png'
-  report.save(path, report.grid(rows))
+  pictures.save(path, pictures.grid(rows))
   return path
 
 
@@ -101,7 +102,7 @@ def show_episodes(dataset, data_dir):
 
   Of evenly spaced ones of the list, the query above its shot.
   """
-  module = core.module(dataset)
+  module = datasets.module(dataset)
   if not hasattr(module, 'pool'):
     return None
   pool = module.pool(data_dir=data_dir)
@@ -118,13 +119,13 @@ def show_episodes(dataset, data_dir):
   named = episodes.by_name(pool, table)
   palette = ((0, 0, 0), (230, 159, 0))
   rows = [
-    report.support_panel(
+    pictures.support_panel(
       batch['images'],
       batch['labels'],
       names=[f'query: {x["class"]}'[:20] for x in named],
       palette=palette,
     ),
-    report.support_panel(
+    pictures.support_panel(
       batch['support_images'][:, 0],
       batch['support_labels'][:, 0],
       names=[x['support'][0][-20:] for x in named],
@@ -132,7 +133,7 @@ def show_episodes(dataset, data_dir):
     ),
   ]
   path = pathlib.Path(data_dir) / dataset / 'episodes.png'
-  report.save(path, report.grid(rows))
+  pictures.save(path, pictures.grid(rows))
   return path
 
 

@@ -28,18 +28,11 @@ from flax import nnx
 from jax.interpreters import partial_eval
 from ml_collections import config_flags
 
-from distillfss_jax import (
-  files,
-  parallel,
-  params,
-  program,
-  report,
-  systems,
-  train,
-)
+from distillfss_jax import files, parallel, params, systems, train, train_step
 from distillfss_jax.models import distilled
 from distillfss_jax.tasks import adaptation
 from distillfss_jax.types import Support, TrainState
+from distillfss_jax.workdir import results
 
 WHAT = ('backbone', 'teacher', 'student', 'train')
 
@@ -163,8 +156,8 @@ def reads(traced, first, counted) -> dict[str, int]:
   }
 
 
-def table(results: dict, style=report.table) -> str:
-  """The rows for people; `style` is `report.table` or `report.markdown`."""
+def table(results: dict, style=results.table) -> str:
+  """The rows for people; `style` is `results.table` or `results.markdown`."""
   rows = results['rows']
   lines = style([row.values() for row in rows], [*rows[0]]) if rows else ''
   return lines + (
@@ -279,7 +272,7 @@ class _Bench:
       results = self.results()
       text = json.dumps(results, indent=2)
       if self.out.suffix == '.md':
-        text = table(results, report.markdown)
+        text = table(results, results.markdown)
       files.write_atomically(self.out, text + '\n')
 
   def _measure(self, case, call, inputs, counted, items, kept=None, before=()):
@@ -365,7 +358,7 @@ class _Bench:
 
   def _build(self, config):
     """A config's program, its variables, and the paths of its parameters."""
-    compiled = program.build(config, self.ways, parallel.mesh())
+    compiled = train_step.build(config, self.ways, parallel.mesh())
     variables = compiled.draw()
     rest = jax.eval_shape(compiled.start, variables).rest
     return compiled, variables, variables.keys() - rest.keys()

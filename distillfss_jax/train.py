@@ -20,19 +20,16 @@ import jax
 import numpy as np
 from absl import logging
 
-from distillfss_jax import (
+from distillfss_jax import files, optim, parallel, params, tasks, train_step
+from distillfss_jax.ops.metrics import Confusion
+from distillfss_jax.workdir import (
   checkpoint,
-  files,
-  optim,
-  parallel,
-  params,
-  program,
-  recovery,
-  report,
-  tasks,
+  locking,
+  pictures,
+  results,
+  signals,
   writer,
 )
-from distillfss_jax.ops.metrics import Confusion
 
 PATIENCE = 10.0  # seconds a dispatch may take before the terminal hears of it
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
@@ -50,9 +47,9 @@ def run(config, workdir: str | os.PathLike) -> dict:
     ValueError: the config does not fit the data, or the folder holds a run of
       another config or is in use.
     OSError: the folder cannot be written.
-    recovery.Stopped: by SIGTERM or Ctrl-C; what was done is saved.
+    signals.Stopped: by SIGTERM or Ctrl-C; what was done is saved.
   """
-  with recovery.Stop() as stop:
+  with signals.Stop() as stop:
     return _run(config, pathlib.Path(workdir), stop)
 
 
@@ -67,7 +64,7 @@ def _run(config, workdir, stop):
     return json.loads(results.read_text()) if first else {}
   task = tasks.build(config)
   over = parallel.mesh()
-  compiled = program.build(config, task.ways, over, streaming=task.streaming)
+  compiled = train_step.build(config, task.ways, over, streaming=task.streaming)
   initial = compiled.draw()
   # What is wrong with files of weights is said before there is a folder; a run
   # that goes on has no need of them.
@@ -117,11 +114,11 @@ class _Job:
   workdir: pathlib.Path
   task: object
   over: jax.sharding.Mesh
-  compiled: program.Program
+  compiled: train_step.Program
   saver: checkpoint.Checkpointer
   out: object
-  stop: recovery.Stop
-  lock: recovery.Lock | None  # process 0's
+  stop: signals.Stop
+  lock: locking.Lock | None  # process 0's
 
   def run(self, initial, found, begin):
     config, task = self.config, self.task
@@ -219,7 +216,7 @@ class _Job:
           save()
           self.saver.wait()
           logging.info('stopped at step %d: the same command goes on', step)
-          raise recovery.Stopped(wanted)
+          raise signals.Stopped(wanted)
         if (
           step % config.checkpoint_every == 0
           or self._tests_at(step)
@@ -241,7 +238,7 @@ class _Job:
     _, wanted = self._agree(pace)
     if wanted:
       self.saver.wait()
-      raise recovery.Stopped(wanted)
+      raise signals.Stopped(wanted)
 
   def _tests_at(self, step):
     every = self.config.eval.every
@@ -296,10 +293,10 @@ class _Job:
       return
     self.task.show_end(scored)
     self.out.flush()
-    report.curves(
+    pictures.curves(
       self.workdir / 'metrics.jsonl', self.workdir / 'panels' / 'curves.png'
     )
-    report.write_results(self.workdir, results)
+    results.write_results(self.workdir, results)
     logging.info(
       'scores on %d test images:\n%s', scored.images, score_table(results)
     )
@@ -331,7 +328,7 @@ def score_table(results: dict) -> str:
   if 'brightness' in references:
     rows.append(('brightness threshold', 'model', references['brightness']))
   names = ('miou', 'fb_iou', 'f1', 'precision', 'recall')
-  return report.table(
+  return results.table(
     [
       (who, size, *(scores[name] for name in names))
       for who, size, scores in rows
@@ -372,10 +369,10 @@ def _claimed(config, workdir):
         files.write_atomically(workdir / 'config.json', _text(config))
     except (ValueError, OSError) as error:
       problem = error
-    in_use = isinstance(problem, recovery.InUseError)
+    in_use = isinstance(problem, locking.InUseError)
     fails, in_use = parallel.gather([problem is not None, in_use])[0]
     if fails:  # all end alike
-      kind = recovery.InUseError if in_use else ValueError
+      kind = locking.InUseError if in_use else ValueError
       raise problem or kind('process 0 cannot start: its last line says why')
     _begin_log(workdir)
     last.callback(_end_log)
@@ -389,7 +386,7 @@ def _claimed(config, workdir):
 def _locked(workdir):
   with files.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
-    return recovery.Lock(workdir)
+    return locking.Lock(workdir)
 
 
 def _begin_log(workdir):
@@ -439,7 +436,7 @@ def _overview(variables, compiled, config):
     rows += [(name, kind, f'{n:,}') for name, n in sorted(parts.items())]
   total = params.count(state.params) + params.count(state.frozen)
   rows.append(('all', config.system, f'{total:,}'))
-  return report.table(rows, ('part', 'is', 'parameters'))
+  return results.table(rows, ('part', 'is', 'parameters'))
 
 
 def _versions():

@@ -25,7 +25,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distillfss_jax import archive
+from distillfss_jax.pretrained import archive
 
 _GOLDENS = 'goldens/torch_files'
 _BOTH = [x for x in archive._DTYPES if x != 'complex128']  # of .safetensors

@@ -26,8 +26,10 @@ import test_data_weedmap
 from conftest import ROOT
 from trees import put
 
-from distillfss_jax import prepare, train
-from distillfss_jax.data import augment, core, episodes, pascal, pipeline
+from distillfss_jax import datasets, prepare, train
+from distillfss_jax.data import augment, builder, episodes, pipeline
+from distillfss_jax.data import prepared as prepared_lib
+from distillfss_jax.datasets import pascal
 from distillfss_jax.tasks import adaptation
 
 
@@ -79,7 +81,7 @@ EPISODIC = ('pascal', 'coco', 'chestxray', 'fss1000')
 
 
 def test_no_dataset_is_left_out():
-  assert set(TREES) == set(core.names()) - {'synthetic'}
+  assert set(TREES) == set(datasets.names()) - {'synthetic'}
 
 
 @pytest.fixture(scope='module')
@@ -132,24 +134,26 @@ def test_a_support_is_chosen_and_shown(name, prepared):
 def test_a_bad_image_divides_no_other(name, part, prepared, tmp_path):
   """What --skip_bad leaves out does not deal the others anew."""
   raw = prepared(name).parent / 'raw'
-  place = next((prepared(name) / name).glob(f'*/{core.MANIFEST}'))
+  place = next((prepared(name) / name).glob(f'*/{prepared_lib.MANIFEST}'))
   rows = json.loads(place.read_text())['records']
   lost = next(row['id'] for row in rows if row['split'].startswith(part))
-  check = core.check
+  check = builder.check
 
   def check_and_lose(layout, *, skip_bad):
     good, bad = check(layout, skip_bad=skip_bad)
     return [x for x in good if x.id != lost], {**bad, lost: 'is lost'}
 
-  with mock.patch.object(core, 'check', check_and_lose):
-    made, _ = core.module(name).prepare(raw, tmp_path / 'data', skip_bad=True)
+  with mock.patch.object(builder, 'check', check_and_lose):
+    made, _ = datasets.module(name).prepare(
+      raw, tmp_path / 'data', skip_bad=True
+    )
   assert made['skipped'] == {lost: 'is lost'}
   left = [(row['split'], row['id']) for row in made['records']]
   assert left == [(x['split'], x['id']) for x in rows if x['id'] != lost]
 
 
 def test_which_have_episodes():
-  found = (x for x in core.names() if hasattr(core.module(x), 'pool'))
+  found = (x for x in datasets.names() if hasattr(datasets.module(x), 'pool'))
   assert set(found) == set(EPISODIC)
 
 
@@ -159,7 +163,7 @@ def test_episodes_are_listed_and_shown(name, prepared):
   options = {'part': 'test'}
   if name in ('pascal', 'coco'):  # whose trees have small images
     options['min_area'] = 1
-  module = core.module(name)
+  module = datasets.module(name)
   pool = module.pool(data_dir=data_dir, **options)
   for rule in episodes.RULES:
     if name == 'fss1000' and rule == 'image':

@@ -20,7 +20,8 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from distillfss_jax import checkpoint, types
+from distillfss_jax import types
+from distillfss_jax.workdir import checkpoint
 
 
 def leaves(tree):
@@ -321,7 +322,7 @@ def test_killed_while_saving(two_steps, tmp_path):
   code = f"""
     import os
     import numpy as np
-    from distillfss_jax import checkpoint
+    from distillfss_jax.workdir import checkpoint
     saver = checkpoint.Checkpointer({str(folder)!r})
     saver.save(3, {{'w': np.random.default_rng(0).normal(size=(3000, 1000))}})
     os._exit(9)
@@ -461,7 +462,7 @@ def test_two_processes(tmp_path):
     import jax, numpy as np
     port, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     jax.distributed.initialize(f'127.0.0.1:{port}', 2, process)
-    from distillfss_jax import checkpoint
+    from distillfss_jax.workdir import checkpoint
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     def state(value):

@@ -24,7 +24,8 @@ from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import backend_context
 from test_run import finish, leaves, log, rows, scores, steps_saved
 
-from distillfss_jax import parallel, recovery
+from distillfss_jax import parallel
+from distillfss_jax.workdir import locking
 
 STEPS = 16
 # AdamW makes much of rounding: small steps keep runs comparable.
@@ -252,7 +253,7 @@ def test_a_folder_in_use_is_so_for_all_processes(home):
   """Else a scheduler takes the others' word for it that the run is wrong."""
   workdir = home / 'used_by_one'
   workdir.mkdir()
-  with recovery.Lock(workdir):
+  with locking.Lock(workdir):
     done = run_all(workdir, 2)
   assert [x.returncode for x in done] == [69, 69]
   assert f'in use by process {os.getpid()} on' in done[0].stderr

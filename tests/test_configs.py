@@ -11,8 +11,7 @@ import sys
 import pytest
 
 from configs import common
-from distillfss_jax import backbones, systems
-from distillfss_jax.data import core
+from distillfss_jax import backbones, datasets, systems
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = sorted(
@@ -45,7 +44,7 @@ def keys(config, path=''):
 def assert_names_exist(config):
   assert config.system in systems.names()
   assert config.model.backbone.name in backbones.variants()
-  assert config.data.name in core.names()
+  assert config.data.name in datasets.names()
   assert config.support.shots >= 1
   assert config.steps >= 1
 
@@ -194,7 +193,7 @@ def test_unknown_names_list_what_exists():
     with pytest.raises(ValueError, match=rf'{value}[\s\S]*{known}'):
       systems.build(wrong, 1)
   with pytest.raises(ValueError, match=r'nukleus[\s\S]*nucleus'):
-    core.load('nukleus')
+    datasets.load('nukleus')
 
 
 def test_arguments():

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from trees import pack, put
 
-from distillfss_jax import prepare
-from distillfss_jax.data import core, deepglobe, isic, kvasir, pothole
+from distillfss_jax import datasets, prepare
+from distillfss_jax.data import download, prepared
+from distillfss_jax.datasets import deepglobe, isic, kvasir, pothole
 
 SIZE = (16, 24)
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -205,8 +206,8 @@ def test_prepare_and_load(tmp_path, case, packed):
     manifest, new = case.module.prepare(raw, data_dir)
     assert new
     assert case.module.prepare('gone', data_dir) == (manifest, False)
-    assert manifest == core.manifest(case.builder, data_dir)
-    made = core.load(str(case), data_dir=data_dir)
+    assert manifest == prepared.manifest(case.builder, data_dir)
+    made = datasets.load(str(case), data_dir=data_dir)
     assert made.name == str(case)
     assert made.classes == case.builder.CLASSES
     assert len(made.palette) == len(set(made.palette)) == 1 + len(made.classes)
@@ -411,13 +412,13 @@ def test_deepglobe_given_split(tmp_path):
 
 def test_deepglobe_decodes_each_image_once(tmp_path, monkeypatch):
   files, _, _ = deepglobe_tree()
-  read, real = [], core.Files.decode
+  read, real = [], download.Files.decode
 
   def decode(self, name, mode):
     read.append(name)
     return real(self, name, mode)
 
-  monkeypatch.setattr(core.Files, 'decode', decode)
+  monkeypatch.setattr(download.Files, 'decode', decode)
   deepglobe.prepare(pack(files, tmp_path / 'x.zip'), tmp_path)
   for n in range(101, 106):  # to check it and to write it
     assert read.count(f'{n}_sat.jpg') == 2

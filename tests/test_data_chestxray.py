@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from trees import pack, put
 
-from distillfss_jax.data import chestxray, core
+from distillfss_jax import datasets
+from distillfss_jax.datasets import chestxray
 
 COUNT, SIZE = 10, (14, 10)
 
@@ -68,7 +69,7 @@ def test_prepare_and_load(tmp_path, top, caplog):
   assert not manifest['skipped']
   assert '10 images are there, its owners publish 566' in caplog.text
   assert '2 images have no mask and are passed over' in caplog.text
-  made = core.load('chestxray', data_dir=tmp_path / 'd')
+  made = datasets.load('chestxray', data_dir=tmp_path / 'd')
   assert (made.name, made.classes) == ('chestxray', ('lung',))
   assert (list(made.train.ids), list(made.test.ids)) == reference(records)
   for source in (made.train, made.test):

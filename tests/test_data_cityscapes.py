@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 from trees import pack, put
 
-from distillfss_jax.data import cityscapes, core
+from distillfss_jax import datasets
+from distillfss_jax.data import download
+from distillfss_jax.datasets import cityscapes
 
 # Raw ids by train id, and what the owners do not evaluate; -1 is 255 in 8 bits.
 RAW = (
@@ -90,7 +92,7 @@ def test_prepare_and_load(tmp_path, form, caplog):
   manifest, new = cityscapes.prepare(raw, tmp_path / 'data')
   assert new
   assert not manifest['skipped']
-  made = core.load('cityscapes', data_dir=tmp_path / 'data')
+  made = datasets.load('cityscapes', data_dir=tmp_path / 'data')
   assert made.name == 'cityscapes'
   assert len(made.classes) == 19
   assert len(set(made.palette)) == 20
@@ -143,7 +145,7 @@ def test_the_published_count_warns_of_nothing(tmp_path, caplog, monkeypatch):
 
 def test_files_are_kept_as_they_are(tmp_path):
   files = tree(train=2, val=2)
-  with core.Files(pack(files, tmp_path / 'x.zip'), '') as opened:
+  with download.Files(pack(files, tmp_path / 'x.zip'), '') as opened:
     layout = cityscapes.Layout(opened)
     part, city, id_ = names()[0]
     assert layout.encoded(id_) == files[IMAGE.format(part, city, id_)]

@@ -12,7 +12,9 @@ from PIL import Image
 from trees import pack, put
 
 from configs import coco as config
-from distillfss_jax.data import coco, core, support
+from distillfss_jax import datasets
+from distillfss_jax.data import support
+from distillfss_jax.datasets import coco
 
 # Of 1..90, these are no categories.
 GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
@@ -192,7 +194,7 @@ def check(dataset, made, table=None):
 
 def test_all_classes(prepared):
   data_dir, made = prepared
-  dataset = core.load('coco', data_dir=data_dir)
+  dataset = datasets.load('coco', data_dir=data_dir)
   assert len(dataset.classes) == len(set(dataset.classes)) == 80
   assert len(set(dataset.palette)) == len(dataset.palette) == 81
   assert dataset.palette[:4] == (

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 from trees import pack, put
 
-from distillfss_jax.data import core, evican
+from distillfss_jax import datasets
+from distillfss_jax.data import download
+from distillfss_jax.datasets import evican
 
 SIZE = (24, 32)
 LIST = 'annotations_EVICAN2/instances_{}2019_EVICAN2.json'
@@ -123,7 +125,7 @@ def test_prepare_and_load(tmp_path, top):
   manifest, new = evican.prepare(raw, tmp_path / 'data')
   assert new
   assert not manifest['skipped']
-  made = core.load('evican', data_dir=tmp_path / 'data')
+  made = datasets.load('evican', data_dir=tmp_path / 'data')
   assert (made.name, made.classes) == ('evican', ('Cell', 'Nucleus'))
   assert len(set(made.palette)) == 3
   for part, source in (('train', made.train), ('val', made.test)):
@@ -137,7 +139,7 @@ def test_prepare_and_load(tmp_path, top):
       contents = files[f'Images/{record["id"]}']
       assert source.sizes[i].tolist() == list(SIZE)
       np.testing.assert_array_equal(
-        record['image'], core.decode(contents, '', 'RGB')
+        record['image'], download.decode(contents, '', 'RGB')
       )
       np.testing.assert_array_equal(record['label'], filled(*boxes(i)))
 
@@ -161,7 +163,7 @@ def test_files_are_kept_unless_they_are_of_another_form(tmp_path):
   del files[f'Images/train/{file_name("train", 1)}']
   files['Images/train/a.tif'] = encode(pixels('train', 1), 'TIFF')
   raw = put(files, tmp_path / 'raw')
-  with core.Files(raw, '') as opened:
+  with download.Files(raw, '') as opened:
     layout = evican.Layout(opened)
     first, second = layout.ids[:2]
     assert layout.encoded(first) == files[f'Images/{first}']
@@ -181,7 +183,7 @@ def painted(tmp_path, annotations):
       ]
     )
   )
-  with core.Files(put(files, tmp_path / 'raw'), '') as opened:
+  with download.Files(put(files, tmp_path / 'raw'), '') as opened:
     layout = evican.Layout(opened)
     assert not layout.label(layout.ids[1], SIZE).any()
     return layout.label(layout.ids[0], SIZE)

@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 from trees import pack, put
 
-from distillfss_jax.data import core, folder, meaning
+from distillfss_jax import datasets
+from distillfss_jax.data import download, mask_meaning, prepared
+from distillfss_jax.datasets import folder
 
 SIZE = (12, 16)
 IDS = ['a', 'b', 'c', 'd', 'e']
@@ -85,15 +87,15 @@ def made(files, tmp_path, name='mine', **options):
   """Prepares and loads: (Dataset, {id: record})."""
   raw = put(files, tmp_path / 'raw')
   folder.prepare(raw, tmp_path / 'data', name=name, **options)
-  dataset = core.load('folder', data_dir=tmp_path / 'data', name=name)
+  dataset = datasets.load('folder', data_dir=tmp_path / 'data', name=name)
   records = {x['id']: x for part in (dataset.train, dataset.test) for x in part}
   return dataset, records
 
 
 def decided(files, tmp_path):
   """What the masks are taken for: (classes, palette, {id: label})."""
-  builder = folder.builder('mine')
-  with core.Files(put(files, tmp_path / 'raw'), 'x') as listed:
+  builder = folder.builder_of('mine')
+  with download.Files(put(files, tmp_path / 'raw'), 'x') as listed:
     layout = folder.Layout(listed, builder)
     labels = {id_: layout.label(id_, SIZE) for id_ in layout.ids}
   return builder.CLASSES, builder.PALETTE, labels
@@ -128,12 +130,15 @@ def test_prepare_and_load(tmp_path, caplog):
   assert listing(raw) == before
   place = tmp_path / 'data' / 'my_pets' / '1.0.0'
   info = json.loads((place / 'dataset_info.json').read_text())
-  assert (info['name'], (place / core.MANIFEST).is_file()) == ('my_pets', True)
+  assert (info['name'], (place / prepared.MANIFEST).is_file()) == (
+    'my_pets',
+    True,
+  )
   dataset = folder.load(tmp_path / 'data', 'my_pets')
   assert dataset.name == manifest['name'] == 'my_pets'
   assert dataset.classes == ('cat', 'big dog')
-  assert dataset.palette == meaning.palette(2)
-  assert list(dataset.test.ids) == core.held_out(IDS)
+  assert dataset.palette == mask_meaning.palette(2)
+  assert list(dataset.test.ids) == download.held_out(IDS)
   assert list(dataset.train.ids) == sorted(set(IDS) - {*dataset.test.ids})
   labels = {'a': drawn([1, 2, 255])}
   for part in (dataset.train, dataset.test):
@@ -189,13 +194,13 @@ def test_photographs_are_kept_as_they_are(tmp_path):
   files['images/b.jpg'] = encoded(photo(1), 'JPEG', exif=turned)
   files['images/c.bmp'] = encoded(photo(2), 'BMP')
   del files['images/c.jpg']
-  with core.Files(put(files, tmp_path / 'raw'), '') as listed:
-    layout = folder.Layout(listed, folder.builder('pets'))
+  with download.Files(put(files, tmp_path / 'raw'), '') as listed:
+    layout = folder.Layout(listed, folder.builder_of('pets'))
     found = {}
     for id_ in layout.ids:
       pixels = layout.image(id_)
       found[id_] = layout.encoded(id_)
-      again = core.decode(found[id_], id_, 'RGB')
+      again = download.decode(found[id_], id_, 'RGB')
       np.testing.assert_array_equal(again, pixels)
   assert found['a'] == jpeg
   assert [found[x][:4] == b'\x89PNG' for x in 'abc'] == [False, True, True]
@@ -274,7 +279,7 @@ def test_names(tmp_path, name, message):
 
 def test_unprepared(tmp_path):
   with pytest.raises(FileNotFoundError, match='cells is not prepared') as got:
-    core.load('folder', data_dir=tmp_path, name='cells')
+    datasets.load('folder', data_dir=tmp_path, name='cells')
   assert '--dataset folder --name cells --raw' in str(got.value)
 
 
@@ -392,7 +397,7 @@ def test_split_files(tmp_path, caplog):
     '1 images are in neither train.txt nor test.txt and are left out: d'
   ]
   other, _ = made(files, tmp_path, name='other', split='held_out')
-  assert list(other.test.ids) == core.held_out(IDS)
+  assert list(other.test.ids) == download.held_out(IDS)
 
 
 def test_only_a_test_file(tmp_path):
@@ -544,8 +549,8 @@ def test_soft_black_and_white(tmp_path, form, caplog):
     mode = 'RGB' if 'colour' in form else 'L'
     contents = encoded(Image.fromarray(mask).convert(mode), 'JPEG', quality=80)
   files = tree([contents])
-  builder = folder.builder('mine')
-  with core.Files(put(files, tmp_path), 'x') as listed:
+  builder = folder.builder_of('mine')
+  with download.Files(put(files, tmp_path), 'x') as listed:
     layout = folder.Layout(listed, builder)
     label = layout.label('a', size)
   assert builder.CLASSES == ('foreground',)
@@ -732,7 +737,9 @@ def test_bad_colours(tmp_path):
 def test_count():
   values = np.random.RandomState(0).randint(-1, 4, (9, 7)) * 1000
   for found, expected in zip(
-    meaning._count(values), np.unique(values, return_counts=True), strict=True
+    mask_meaning._count(values),
+    np.unique(values, return_counts=True),
+    strict=True,
   ):
     np.testing.assert_array_equal(found, expected)
 

@@ -9,7 +9,8 @@ from PIL import Image
 from trees import pack, put
 
 from configs import fss1000 as config
-from distillfss_jax.data import core, fss1000
+from distillfss_jax import datasets
+from distillfss_jax.datasets import fss1000
 
 NAMES = ['abes_flyingfish', 'ab_wheel', 'bus', 'cd', 'fish', 'key', 'owl']
 LISTING = [1, 10, 2, 3, 4, 5, 6, 7, 8, 9]
@@ -90,7 +91,7 @@ def test_prepare_and_load(tmp_path, top, caplog):
   assert '70 images are there, its owners publish 10000' in caplog.text
   assert 'classes of train, val, test are drawn, by our rule' in caplog.text
   for name in NAMES:
-    made = core.load('fss1000', data_dir=tmp_path / 'd', category=name)
+    made = datasets.load('fss1000', data_dir=tmp_path / 'd', category=name)
     assert (made.name, made.classes) == ('fss1000', (name,))
     assert list(made.train.ids) == [f'{name}/{n}' for n in range(1, 6)]
     assert list(made.test.ids) == [f'{name}/{n}' for n in range(6, 11)]

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 from trees import pack, put
 
-from distillfss_jax.data import core, industrial
+from distillfss_jax import datasets
+from distillfss_jax.data import core
+from distillfss_jax.datasets import industrial
 
 NAMES = [f'{name}{i:02d}' for i, name in enumerate('tsrqponmlkjihgfedcba')]
 # data.json visits the classes in another order than it numbers them.
@@ -65,7 +67,7 @@ def test_prepare_and_load_folds(tmp_path, top):
   train, test = reference(ids)
   found = set()
   for fold in range(4):
-    made = core.load('industrial', data_dir=tmp_path / 'data', fold=fold)
+    made = datasets.load('industrial', data_dir=tmp_path / 'data', fold=fold)
     kept = NAMES[fold::4]
     assert made.name == 'industrial'
     assert made.classes == tuple(kept)

@@ -14,7 +14,9 @@ import zlib
 import numpy as np
 import pytest
 
-from distillfss_jax.data import core, lung
+from distillfss_jax import datasets
+from distillfss_jax.data import download
+from distillfss_jax.datasets import lung
 
 # What pandas wrote (zlib, base64), for a table with the columns label1 (text),
 # mask, n (number), hu_array_old and hu_array, each of three rows.
@@ -292,7 +294,7 @@ def test_prepare_and_load(tmp_path, packed, top):
   first, new = lung.prepare(raw, tmp_path / 'data')
   assert new
   assert lung.prepare('gone', tmp_path / 'data') == (first, False)
-  loaded = core.load('lung', data_dir=tmp_path / 'data')
+  loaded = datasets.load('lung', data_dir=tmp_path / 'data')
   assert loaded.classes == ('nodule',)
   assert list(loaded.train.ids) == [f'train-{i}' for i in range(12)]
   assert list(loaded.test.ids) == [f'test-{i}' for i in range(3)]
@@ -407,7 +409,9 @@ def test_names_that_are_refused(name):
   contents = b'\x80\x04' + b''.join(
     b'\x8c' + bytes([len(x)]) + x.encode() for x in (module, last)
   )
-  with pytest.raises(core.BadFileError, match='which a table of arrays') as e:
+  with pytest.raises(
+    download.BadFileError, match='which a table of arrays'
+  ) as e:
     read(contents + b'\x93.')
   assert f'{module}.{last}' in str(e.value)
   assert 'no_such_module' not in sys.modules
@@ -440,7 +444,7 @@ DAMAGED = {
 @pytest.mark.parametrize('kind', DAMAGED)
 def test_damaged_pickles(kind):
   before = dict(vars(lung._DataFrame))
-  with pytest.raises(core.BadFileError, match=r'^x\.pkl: it ') as caught:
+  with pytest.raises(download.BadFileError, match=r'^x\.pkl: it ') as caught:
     read(DAMAGED[kind])
   assert '\n' not in str(caught.value)
   assert dict(vars(lung._DataFrame)) == before
@@ -452,20 +456,22 @@ def test_cut_off_or_changed_anywhere():
   for protocol in (2, 5):
     whole = table(columns(*slices(2, 0)), protocol)
     for i in range(0, len(whole) - 1, 7):
-      with pytest.raises(core.BadFileError):
+      with pytest.raises(download.BadFileError):
         read(whole[:i])
     places = [place for _, _, place in pickletools.genops(whole)]
     for _ in range(600):
       changed = bytearray(whole)
       for place in random.choice(places, 2):
         changed[place] = random.choice(bytearray(b'cRb\x81.0(t]}aesu2h\x93NK'))
-      with contextlib.suppress(core.BadFileError):
+      with contextlib.suppress(download.BadFileError):
         read(bytes(changed))
 
 
 def test_other_columns():
   hus, _ = slices(2, 0)
-  with pytest.raises(core.BadFileError, match=r"columns hu_array, m; .*'mask'"):
+  with pytest.raises(
+    download.BadFileError, match=r"columns hu_array, m; .*'mask'"
+  ):
     read(table({'hu_array': hus, 'm': hus}))
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distillfss_jax.data import core, nucleus, support
+from distillfss_jax import datasets
+from distillfss_jax.data import prepared, support
+from distillfss_jax.datasets import nucleus
 
 SIZES = [(24, 30), (30, 24), (33, 20), (24, 30)]
 
@@ -100,9 +102,9 @@ def test_prepare_and_load(tmp_path, top, packed):
   before = listing(tmp_path / 'raw')
   manifest, new = nucleus.prepare(raw, tmp_path / 'data')
   assert new
-  assert manifest == core.manifest(nucleus.Nucleus, tmp_path / 'data')
+  assert manifest == prepared.manifest(nucleus.Nucleus, tmp_path / 'data')
   assert listing(tmp_path / 'raw') == before
-  made = core.load('nucleus', data_dir=tmp_path / 'data')
+  made = datasets.load('nucleus', data_dir=tmp_path / 'data')
   assert made.classes == ('nucleus',)
   assert list(made.train.ids) == sorted(real_ids()[:6])
   assert list(made.test.ids) == nucleus.frozen_split()['test'][:3]
@@ -178,7 +180,7 @@ def test_interrupted_and_started_again(tmp_path, monkeypatch):
   # What a kill without any clean-up leaves behind:
   killed = data_dir / 'nucleus' / 'incomplete.ABCDEF_1.0.0'
   killed.mkdir()
-  (killed / core.MANIFEST).write_text('{')
+  (killed / prepared.MANIFEST).write_text('{')
   assert nucleus.prepare(raw, data_dir)[1]
   assert [p.name for p in (data_dir / 'nucleus').iterdir()] == ['1.0.0']
   assert len(nucleus.load(data_dir).train) == 3
@@ -227,7 +229,7 @@ def test_skip_bad_records_what_it_left_out(tmp_path):
   raw = pack(files, tmp_path / 'x.zip')
   manifest, _ = nucleus.prepare(raw, tmp_path / 'data', skip_bad=True)
   assert sorted(manifest['skipped']) == sorted(ids[:5])
-  assert core.manifest(nucleus.Nucleus, tmp_path / 'data') == manifest
+  assert prepared.manifest(nucleus.Nucleus, tmp_path / 'data') == manifest
   made = nucleus.load(tmp_path / 'data')
   assert (list(made.train.ids), list(made.test.ids)) == (ids[5:6], ids[6:])
 
@@ -288,7 +290,7 @@ def test_unprepared_and_damaged(tmp_path):
     nucleus.Nucleus(data_dir=str(tmp_path)).download_and_prepare()
   files, _ = tree(real_ids(3, 1))
   nucleus.prepare(pack(files, tmp_path / 'x.zip'), tmp_path)
-  path = core.folder(nucleus.Nucleus, tmp_path) / core.MANIFEST
+  path = prepared.folder(nucleus.Nucleus, tmp_path) / prepared.MANIFEST
   manifest = json.loads(path.read_text())
   manifest['records'][0]['index'] = 1
   path.write_text(json.dumps(manifest))
@@ -298,6 +300,6 @@ def test_unprepared_and_damaged(tmp_path):
 
 def test_unknown_dataset():
   with pytest.raises(ValueError, match=r"'nuclei'; there are: .*nucleus"):
-    core.load('nuclei')
+    datasets.load('nuclei')
   with pytest.raises(ValueError, match="no dataset 'core'"):
-    core.load('core')
+    datasets.load('core')

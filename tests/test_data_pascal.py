@@ -11,7 +11,9 @@ from PIL import Image
 from trees import pack, put
 
 from configs import pascal as config
-from distillfss_jax.data import core, pascal
+from distillfss_jax import datasets
+from distillfss_jax.data import download
+from distillfss_jax.datasets import pascal
 
 VOC = 'VOCdevkit/VOC2012/'
 SBD = 'benchmark_RELEASE/dataset/'
@@ -148,7 +150,7 @@ def test_names_and_colours():
 def test_all_classes(prepared):
   data_dir, records, manifest = prepared
   assert splits(manifest) == {x: list(y) for x, y in records.items()}
-  loaded = core.load('pascal', data_dir=data_dir)
+  loaded = datasets.load('pascal', data_dir=data_dir)
   assert loaded.name == 'pascal'
   assert loaded.classes == pascal.Pascal.CLASSES
   assert loaded.palette == pascal.Pascal.PALETTE
@@ -197,7 +199,7 @@ def test_folds(prepared):
 
 def test_jpeg_stays_as_it_is(tmp_path):
   files, _ = made(2)
-  with core.Files(put(files, tmp_path), '') as raw:
+  with download.Files(put(files, tmp_path), '') as raw:
     layout = pascal.Layout(raw)
     for id_ in layout.ids:
       assert layout.encoded(id_) == files[f'{SBD}img/{id_}.jpg']
@@ -315,7 +317,7 @@ def test_bad_files_are_named_and_left_out(tmp_path):
 
 def test_each_split_is_counted(tmp_path, caplog):
   files, _ = made(2)
-  with core.Files(put(files, tmp_path), '') as raw:
+  with download.Files(put(files, tmp_path), '') as raw:
     pascal.Layout(raw)
   assert [x.getMessage().split(': ')[1] for x in caplog.records] == [
     f'2 images of split {split} are there, {count} are published'

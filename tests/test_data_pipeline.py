@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from distillfss_jax.data import pipeline, support, synthetic, transforms
+from distillfss_jax.data import pipeline, support, transforms
+from distillfss_jax.datasets import synthetic
 
 
 @pytest.fixture(scope='module')

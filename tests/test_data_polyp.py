@@ -10,7 +10,8 @@ from PIL import Image
 from trees import pack, put
 
 from configs import polyp as config
-from distillfss_jax.data import core, polyp
+from distillfss_jax import datasets
+from distillfss_jax.datasets import polyp
 
 SIZE = (12, 16)
 
@@ -67,7 +68,7 @@ def test_prepare_and_load(tmp_path, top):
     'train', 'test_cvc_300', 'test_cvc_clinicdb', 'test_kvasir',
     'test_cvc_colondb', 'test_etis_laribpolypdb',
   }  # fmt: skip
-  made = core.load('polyp', data_dir=tmp_path / 'd')
+  made = datasets.load('polyp', data_dir=tmp_path / 'd')
   assert (made.name, made.classes) == ('polyp', ('polyp',))
   assert list(made.train.ids) == [f'train/{i + 1}' for i in range(6)]
   assert list(made.test.ids) == [

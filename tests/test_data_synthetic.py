@@ -5,7 +5,9 @@ import pickle
 import numpy as np
 import pytest
 
-from distillfss_jax.data import core, support, synthetic
+from distillfss_jax import datasets
+from distillfss_jax.data import support
+from distillfss_jax.datasets import synthetic
 
 
 def test_records_depend_on_seed_split_and_index_alone():
@@ -24,7 +26,7 @@ def test_records_depend_on_seed_split_and_index_alone():
 @pytest.mark.parametrize('classes', [1, 2, 3, 4])
 @pytest.mark.parametrize('size', [32, 96])
 def test_labels_hold_the_classes_announced(classes, size):
-  made = core.load(
+  made = datasets.load(
     'synthetic', num_train=12, num_test=2, image_size=size, classes=classes
   )
   assert len(made.classes) == classes == len(made.palette) - 1

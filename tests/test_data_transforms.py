@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from distillfss_jax.data import core, nucleus, transforms
+from distillfss_jax.data import download, transforms
+from distillfss_jax.datasets import nucleus
 
 MEAN = np.float32([0.485, 0.456, 0.406])
 STD = np.float32([0.229, 0.224, 0.225])
@@ -14,7 +15,7 @@ STD = np.float32([0.229, 0.224, 0.225])
 @pytest.fixture(scope='module')
 def raw(shared):
   zipped = shared('data/stage1_train.zip')
-  with core.Files(zipped, nucleus.Nucleus.DOWNLOAD) as files:
+  with download.Files(zipped, nucleus.Nucleus.DOWNLOAD) as files:
     yield nucleus.Layout(files)
 
 

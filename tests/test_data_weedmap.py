@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from trees import pack, put
 
-from distillfss_jax.data import core, weedmap
+from distillfss_jax import datasets
+from distillfss_jax.datasets import weedmap
 
 STEMS = ['frame0009_2', 'frame0000_0', 'frame0021_1']
 DONE = ['frame0000_0', 'frame0009_2', 'frame0021_1']  # sorted
@@ -61,7 +62,7 @@ def test_prepare_and_load(tmp_path, top, packed):
   first, new = weedmap.prepare(raw, tmp_path / 'data')
   assert new
   assert weedmap.prepare('gone', tmp_path / 'data') == (first, False)
-  made = core.load('weedmap', data_dir=tmp_path / 'data')
+  made = datasets.load('weedmap', data_dir=tmp_path / 'data')
   assert made.classes == ('crop', 'weed')
   assert len(made.palette) == 3
   assert list(made.train.ids) == [f'000_{stem}' for stem in DONE]

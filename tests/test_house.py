@@ -34,17 +34,11 @@ TEXTS = sorted(
 # Who stands where; what is not named stands on top, beside main.
 FLOORS = {
   **dict.fromkeys(('types', 'files'), 0),
-  **dict.fromkeys(('ops', 'params', 'archive', 'hub', 'parallel'), 1),
-  **dict.fromkeys(
-    (
-      'backbones', 'data', 'optim', 'checkpoint', 'writer', 'recovery',
-      'report',
-    ),
-    2,
-  ),
-  'models': 3,
-  **dict.fromkeys(('systems', 'weights'), 4),
-  **dict.fromkeys(('program', 'evaluators'), 5),
+  **dict.fromkeys(('ops', 'params', 'parallel'), 1),
+  **dict.fromkeys(('backbones', 'data', 'optim', 'workdir'), 2),
+  **dict.fromkeys(('datasets', 'models'), 3),
+  **dict.fromkeys(('systems', 'pretrained'), 4),
+  **dict.fromkeys(('train_step', 'evaluators'), 5),
   'tasks': 6,
   'train': 7,
 }  # fmt: skip
@@ -52,11 +46,14 @@ TOP = 8
 
 # Floors alone would allow these.
 APART = {
-  'models': ('data', 'optim', 'checkpoint', 'writer', 'parallel', 'report'),
-  'systems': ('data', 'checkpoint', 'writer', 'parallel', 'report'),
+  'models': ('data', 'datasets', 'optim', 'workdir', 'parallel'),
+  'systems': ('data', 'datasets', 'workdir', 'parallel'),
+  'datasets': ('optim', 'workdir', 'backbones', 'parallel'),
   # An evaluator knows a system by what it predicts.
-  'evaluators': ('models', 'systems', 'backbones', 'optim', 'checkpoint'),
+  'evaluators': ('models', 'systems', 'backbones', 'optim', 'pretrained'),
 }
+# Folders that are one thing in parts; those of the others are of a kind.
+PARTS = ('ops', 'data', 'workdir', 'pretrained')
 SHARED_FILES = ('__init__', 'base', 'core')  # siblings may import them
 
 # What has a name of its own here is not called by another.
@@ -80,7 +77,7 @@ COMPOUNDS = ('data_dict', 'support_feats', 'stack_ids', 't_net', 'ground_truth')
 BORROWED = {
   ('train.py', 'metadata'): 'importlib.metadata',
   ('types.py', 'example'): 'plain English: an example of a way',
-  ('writer.py', 'metadata'): "clu's argument and TensorBoard's module",
+  ('workdir/writer.py', 'metadata'): "clu's argument and TensorBoard's module",
 }
 
 
@@ -143,13 +140,10 @@ def test_imports_go_down(path):
 @pytest.mark.parametrize('path', SOURCES, ids=name_of)
 def test_siblings_do_not_import_each_other(path):
   here = module_of(path)
-  if unit(here) == 'ops' or path.stem == '__init__':
-    return  # ops build on ops; a folder's __init__ looks its files up
+  if unit(here) in PARTS or path.stem == '__init__':
+    return  # these build on each other; an __init__ looks its files up
   for there in ours(path) - {PACKAGE}:
-    # Helpers that datasets share below core.
-    helpers = ['transforms', 'masks', 'meaning'] if unit(here) == 'data' else []
-    allowed = (*SHARED_FILES, *helpers)
-    assert unit(here) != unit(there) or MODULES[there].stem in allowed, (
+    assert unit(here) != unit(there) or MODULES[there].stem in SHARED_FILES, (
       f'{here} imports its sibling {there}; what both need belongs in '
       'base.py or core.py'
     )

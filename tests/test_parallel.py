@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from configs import common
-from distillfss_jax import parallel, params, program, systems
+from distillfss_jax import parallel, params, systems, train_step
 
 _TESTS = pathlib.Path(__file__).resolve().parent
 _SIZE, _IMAGES, _STEPS, _WAYS = 64, 5, 4, 2
@@ -46,7 +46,7 @@ def work(out, address='', processes=1, process=0):
     config.model.backbone.fields.width = 4
   assert config.model.dropout == 0.5
   over = parallel.mesh()
-  built = program.build(config, _WAYS, over)
+  built = train_step.build(config, _WAYS, over)
   system, _, _ = systems.build(config, _WAYS)
   variables = params.flatten(parity.fill_randomly(system))
 

@@ -12,7 +12,8 @@ from PIL import Image
 from tensorflow_datasets.core import shuffle
 from test_data_nucleus import pack, put, real_ids, tree
 
-from distillfss_jax.data import core, nucleus
+from distillfss_jax.data import builder, download
+from distillfss_jax.datasets import nucleus
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -158,7 +159,7 @@ def test_a_place_that_cannot_be_written_is_told_first(tmp_path, monkeypatch):
   def check(*args, **kwargs):
     raise AssertionError('this would have taken long')
 
-  monkeypatch.setattr(core, 'check', check)
+  monkeypatch.setattr(builder, 'check', check)
   (tmp_path / 'file').write_text('')
   for place in (tmp_path / 'file', pathlib.Path('/proc/nowhere')):
     with pytest.raises(OSError, match='choose another --data_dir'):
@@ -181,7 +182,7 @@ def test_threads_read_a_zip_each_for_itself(tmp_path, monkeypatch):
 
   monkeypatch.setattr(zipfile.ZipFile, 'read', together)
   with (
-    core.Files(path, '') as files,
+    download.Files(path, '') as files,
     concurrent.futures.ThreadPoolExecutor(2) as threads,
   ):
     for _ in range(3):
@@ -210,7 +211,7 @@ def test_a_folder_may_be_linked_twice(tmp_path):
     (raw / name).symlink_to(real)
   (raw / 'broken').symlink_to(tmp_path / 'nowhere')
   (real / 'back').symlink_to(raw)  # round by way of elsewhere
-  with core.Files(raw, '') as files:
+  with download.Files(raw, '') as files:
     assert files.names == ('one/a.txt', 'two/a.txt')
 
 
@@ -239,7 +240,7 @@ def test_synthetic_needs_nothing():
 def test_many_shards_and_no_tensorflow(tmp_path, monkeypatch):
   """What is larger than TFDS keeps in memory is written all the same."""
   monkeypatch.setattr(shuffle, 'MAX_MEM_BUFFER_SIZE', 1000)
-  monkeypatch.setattr(core, 'SHARD', 2000)
+  monkeypatch.setattr(builder, 'SHARD', 2000)
   files, _ = tree(real_ids(7, 4))
   raw = put(files, tmp_path / 'raw')
   manifest, _ = nucleus.prepare(raw, tmp_path / 'data')

@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from distillfss_jax import files, recovery
+from distillfss_jax import files
+from distillfss_jax.workdir import locking, signals
 
 ELSEWHERE = {'host': 'far', 'boot': 'b', 'pid': 7, 'started': '1', 'token': 't'}
 
@@ -20,8 +21,8 @@ ELSEWHERE = {'host': 'far', 'boot': 'b', 'pid': 7, 'started': '1', 'token': 't'}
 @pytest.fixture
 def quick(monkeypatch):
   """Signs of life every 50 ms; dead after 500 without."""
-  monkeypatch.setattr(recovery, 'BEAT', 0.05)
-  monkeypatch.setattr(recovery, 'SILENCE', 0.5)
+  monkeypatch.setattr(locking, 'BEAT', 0.05)
+  monkeypatch.setattr(locking, 'SILENCE', 0.5)
 
 
 def write(folder, **owner):
@@ -31,28 +32,28 @@ def write(folder, **owner):
 
 def here(**other):
   """What a lock of this process says."""
-  return {**recovery._me(), **other}
+  return {**locking._me(), **other}
 
 
 def test_a_folder_has_one_owner(tmp_path):
-  with recovery.Lock(tmp_path) as lock:
+  with locking.Lock(tmp_path) as lock:
     lock.check()
     said = json.loads((tmp_path / 'lock').read_text())
     assert said['pid'] == os.getpid()
     with (
       pytest.raises(ValueError, match=f'in use by process {os.getpid()} on'),
-      recovery.Lock(tmp_path),
+      locking.Lock(tmp_path),
     ):
       pass
   assert not list(tmp_path.iterdir())
-  with recovery.Lock(tmp_path):  # a folder can be locked again
+  with locking.Lock(tmp_path):  # a folder can be locked again
     pass
 
 
 def test_another_process_of_this_machine(tmp_path):
   code = (
-    'import sys, time; from distillfss_jax import recovery\n'
-    'with recovery.Lock(sys.argv[1]): print("mine", flush=True); time.sleep(99)'
+    'import sys, time; from distillfss_jax.workdir import locking\n'
+    'with locking.Lock(sys.argv[1]): print("mine", flush=True); time.sleep(99)'
   )
   with subprocess.Popen(
     [sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE
@@ -60,14 +61,14 @@ def test_another_process_of_this_machine(tmp_path):
     assert owner.stdout.readline() == b'mine\n'
     with (
       pytest.raises(ValueError, match=f'process {owner.pid} on .* --workdir'),
-      recovery.Lock(tmp_path),
+      locking.Lock(tmp_path),
     ):
       pass
     owner.kill()
   assert (tmp_path / 'lock').exists()
   begin = time.monotonic()
-  with recovery.Lock(tmp_path):  # the killed one is known to be dead at once
-    assert time.monotonic() - begin < recovery.SILENCE / 3
+  with locking.Lock(tmp_path):  # the killed one is known to be dead at once
+    assert time.monotonic() - begin < locking.SILENCE / 3
 
 
 @pytest.mark.parametrize(
@@ -80,14 +81,14 @@ def test_another_process_of_this_machine(tmp_path):
 )
 def test_stale_locks_of_this_machine(tmp_path, owner):
   (tmp_path / 'lock').write_text(json.dumps(owner))
-  with recovery.Lock(tmp_path):
+  with locking.Lock(tmp_path):
     said = json.loads((tmp_path / 'lock').read_text())
     assert said['token'] != owner.get('token')
 
 
 def test_an_unreadable_lock(tmp_path):
   (tmp_path / 'lock').write_text('{"host": "fa')
-  with recovery.Lock(tmp_path):
+  with locking.Lock(tmp_path):
     pass
 
 
@@ -105,7 +106,7 @@ def test_an_owner_elsewhere_that_lives(tmp_path):
   thread.start()
   with (
     pytest.raises(ValueError, match='in use by process 7 on far'),
-    recovery.Lock(tmp_path),
+    locking.Lock(tmp_path),
   ):
     pass
   ended.set()
@@ -120,37 +121,37 @@ def test_an_owner_elsewhere_that_leaves(tmp_path, monkeypatch):
     (tmp_path / 'lock').unlink(missing_ok=True)
     sleep(0.01)
 
-  monkeypatch.setattr(recovery.time, 'sleep', leave)
-  with recovery.Lock(tmp_path):  # the folder is free
+  monkeypatch.setattr(locking.time, 'sleep', leave)
+  with locking.Lock(tmp_path):  # the folder is free
     monkeypatch.undo()
 
 
 def test_a_lock_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
   """As NFS says it: it is as if it were gone."""
-  with recovery.Lock(tmp_path) as lock:
+  with locking.Lock(tmp_path) as lock:
 
     def stale(*args, **kwargs):
       raise OSError(errno.ESTALE, 'Stale file handle')
 
     monkeypatch.setattr(pathlib.Path, 'open', stale)
     monkeypatch.setattr(pathlib.Path, 'read_bytes', stale)
-    assert recovery._owner(tmp_path / 'lock') is None
+    assert locking._owner(tmp_path / 'lock') is None
     assert lock._look() is None
     monkeypatch.undo()
-    assert recovery._owner(tmp_path / 'lock')['pid'] == os.getpid()
+    assert locking._owner(tmp_path / 'lock')['pid'] == os.getpid()
 
 
 def test_an_owner_elsewhere_that_is_silent(tmp_path, quick, capsys):
   write(tmp_path, count=3)
   # Clocks of machines differ: a time in the future means nothing.
   os.utime(tmp_path / 'lock', (time.time() + 1e6,) * 2)
-  with recovery.Lock(tmp_path):
+  with locking.Lock(tmp_path):
     assert 'looking whether it lives' in capsys.readouterr().err
     assert json.loads((tmp_path / 'lock').read_text())['pid'] == os.getpid()
 
 
 def test_the_owner_gives_signs_of_life(tmp_path, quick):
-  with recovery.Lock(tmp_path):
+  with locking.Lock(tmp_path):
     counts = set()
     until = time.monotonic() + 60
     while len(counts) < 3 and time.monotonic() < until:
@@ -161,7 +162,7 @@ def test_the_owner_gives_signs_of_life(tmp_path, quick):
 
 
 def test_a_folder_that_was_taken_over(tmp_path, quick):
-  with recovery.Lock(tmp_path) as lock:
+  with locking.Lock(tmp_path) as lock:
     until = time.monotonic() + 60
     while not lock._lost and time.monotonic() < until:
       write(tmp_path)  # again, if a sign of life was on its way
@@ -180,7 +181,7 @@ def storm(folder, count=8):
     nonlocal inside, most
     barrier.wait()
     try:
-      with recovery.Lock(folder):
+      with locking.Lock(folder):
         with guard:
           inside += 1
           most = max(most, inside)
@@ -192,7 +193,7 @@ def storm(folder, count=8):
           time.sleep(0.001)
         with guard:
           inside -= 1
-    except recovery.InUseError:
+    except locking.InUseError:
       refused.append(1)
 
   threads = [threading.Thread(target=take) for _ in range(count)]
@@ -222,7 +223,7 @@ def test_of_many_one_takes_a_stale_lock(tmp_path, monkeypatch, links):
 def test_a_lock_that_is_being_made_is_not_stale(tmp_path, monkeypatch):
   """Of the way without links: somebody comes between its file and its text."""
   monkeypatch.setattr(os, 'link', no_links)
-  slow = recovery.Lock(tmp_path)
+  slow = locking.Lock(tmp_path)
   opened, texts = threading.Event(), [slow._text(0)]
 
   def slowly(count):
@@ -230,14 +231,14 @@ def test_a_lock_that_is_being_made_is_not_stale(tmp_path, monkeypatch):
       return texts.pop()  # the one that is to be linked
     opened.set()
     time.sleep(0.5)
-    return recovery.Lock._text(slow, count)
+    return locking.Lock._text(slow, count)
 
   monkeypatch.setattr(slow, '_text', slowly)
   owners = []
   thread = threading.Thread(target=lambda: owners.append(slow.__enter__()))
   thread.start()
   assert opened.wait(60)
-  with pytest.raises(recovery.InUseError), recovery.Lock(tmp_path):
+  with pytest.raises(locking.InUseError), locking.Lock(tmp_path):
     pass
   thread.join()
   slow.check()
@@ -247,14 +248,14 @@ def test_a_lock_that_is_being_made_is_not_stale(tmp_path, monkeypatch):
 
 
 def test_a_signal_waits_for_the_step(capfd, monkeypatch):
-  with recovery.Stop() as stop, stop.deferred():
+  with signals.Stop() as stop, stop.deferred():
     assert stop.wanted == 0
     signal.raise_signal(signal.SIGTERM)
     assert stop.wanted == signal.SIGTERM
     assert 'SIGTERM: stopping when the step' in capfd.readouterr().err
     signal.raise_signal(signal.SIGTERM)  # the same, by another way
-    monkeypatch.setattr(recovery, 'ECHO', 0)
-    with pytest.raises(recovery.Stopped, match='SIGTERM') as second:
+    monkeypatch.setattr(signals, 'ECHO', 0)
+    with pytest.raises(signals.Stopped, match='SIGTERM') as second:
       signal.raise_signal(signal.SIGTERM)
   assert second.value.code == 75
 
@@ -264,28 +265,28 @@ def test_a_signal_waits_for_the_step(capfd, monkeypatch):
 )
 def test_elsewhere_a_signal_ends_at_once(signum, code):
   before = signal.getsignal(signum)
-  with recovery.Stop() as stop:
+  with signals.Stop() as stop:
     with stop.deferred():
       pass
-    with pytest.raises(recovery.Stopped) as stopped:
+    with pytest.raises(signals.Stopped) as stopped:
       signal.raise_signal(signum)
   assert stopped.value.code == code
   assert signal.getsignal(signum) is before
 
 
 def test_nobody_takes_it_for_an_error():
-  assert not issubclass(recovery.Stopped, Exception)
+  assert not issubclass(signals.Stopped, Exception)
 
 
 def test_another_container_of_this_machine(tmp_path, quick, monkeypatch):
   """Whose first process is number 1, too, and may live."""
-  monkeypatch.setattr(recovery, '_namespace', lambda: ' pid:[2]')
+  monkeypatch.setattr(locking, '_namespace', lambda: ' pid:[2]')
   owner = here(token='t', pid=os.getpid())
   monkeypatch.undo()
-  monkeypatch.setattr(recovery, 'SILENCE', 0.5)
+  monkeypatch.setattr(locking, 'SILENCE', 0.5)
   (tmp_path / 'lock').write_text(json.dumps({**owner, 'started': '1'}))
   begin = time.monotonic()
-  with recovery.Lock(tmp_path):
+  with locking.Lock(tmp_path):
     assert time.monotonic() - begin >= 0.5  # it was watched for signs of life
 
 
@@ -293,7 +294,7 @@ def test_other_threads_hear_no_signals():
   done = []
 
   def work():
-    with recovery.Stop() as stop, stop.deferred():
+    with signals.Stop() as stop, stop.deferred():
       done.append(stop.wanted)
 
   thread = threading.Thread(target=work)

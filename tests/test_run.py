@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 from test_configs import assert_one_error, refused
 
-from distillfss_jax import checkpoint
+from distillfss_jax.workdir import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 8

@@ -15,8 +15,8 @@ from test_run import assert_same, finish, rows, scores, steps_saved
 from trees import put
 
 from configs import common, dcama
-from distillfss_jax import optim, prepare, tasks, train
-from distillfss_jax.data import core, episodes
+from distillfss_jax import datasets, optim, prepare, tasks, train
+from distillfss_jax.data import episodes
 from distillfss_jax.ops import losses, resize
 
 STEPS = 8
@@ -162,7 +162,7 @@ def test_errors(data_dir, change, message):
 
 
 def test_all_sources_are_named():
-  found = [x for x in core.names() if hasattr(core.module(x), 'pool')]
+  found = [x for x in datasets.names() if hasattr(datasets.module(x), 'pool')]
   assert {'pascal', 'coco', 'fss1000'} <= set(found)
 
 

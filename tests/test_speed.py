@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs import nucleus
-from distillfss_jax import parallel, program, speed
+from distillfss_jax import parallel, speed, train_step
 from distillfss_jax.types import Support
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -43,7 +43,7 @@ def command(*arguments):
 @functools.cache
 def tiny():
   """A tiny config's program, and its variables as shapes."""
-  compiled = program.build(nucleus.get_config('smoke'), 1, parallel.mesh())
+  compiled = train_step.build(nucleus.get_config('smoke'), 1, parallel.mesh())
   return compiled, jax.eval_shape(compiled.draw)
 
 
@@ -175,7 +175,7 @@ def test_test_time(tmp_path):
 def test_the_papers_parameter_counts():
   """Of the distilled model on a ResNet-50; the original counts the fc too."""
   config = nucleus.get_config('backbone=resnet50')
-  compiled = program.build(config, 2, parallel.mesh())
+  compiled = train_step.build(config, 2, parallel.mesh())
   variables = jax.eval_shape(compiled.draw)
   image = jax.ShapeDtypeStruct((1, 384, 384, 3), np.uint8)
   traced = compiled.predict.trace(variables, None, image, ('student',))

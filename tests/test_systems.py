@@ -20,7 +20,7 @@ import pytest
 from flax import nnx
 
 from configs import common
-from distillfss_jax import optim, parallel, params, program, systems
+from distillfss_jax import optim, parallel, params, systems, train_step
 from distillfss_jax.backbones import resnet, swin
 from distillfss_jax.models import dcama, distilled
 from distillfss_jax.systems import base
@@ -418,7 +418,7 @@ def _adaptation(find, arch, kind, lr, mode, shots):
   del shots  # the program is compiled anew for each
   config = _config(arch, 128, kind, mode, lr)
   over = parallel.mesh()
-  built = program.build(config, 1, over)
+  built = train_step.build(config, 1, over)
   variables = dict(_weights(find, arch, kind, 1))
   inputs = _images(find, 128)
   images = inputs['support_u8'][:5]
@@ -509,7 +509,7 @@ def test_golden_trajectory(shared, name, steps):
   _record('losses', off.tolist())
   assert (off <= allowed).all(), (off, allowed)
 
-  after = jax.device_get(program.variables(state))
+  after = jax.device_get(train_step.variables(state))
   running = {
     name: _place(arch, name.removeprefix('after.'))[0]
     for name in golden
@@ -576,7 +576,7 @@ def test_golden_adam(shared):
           worst = max(worst, float(np.abs(x - y).max() / np.abs(y).max()))
       _record('grad0', worst)
       assert worst <= 1e-2  # see _check_pass
-    after = jax.device_get(program.variables(state))
+    after = jax.device_get(train_step.variables(state))
     distance = _moved('tinyswin', golden, f'after{step}.', after, before)
     _record(f'after{step}', distance)
     assert distance <= 0.04
@@ -658,7 +658,7 @@ def adapted():
   The second step's supports show way 1 alone.
   """
   config = _small()
-  built = program.build(config, 2, parallel.mesh())
+  built = train_step.build(config, 2, parallel.mesh())
   _, _, variables = _filled(config)
   bank = built.bank(variables, *_support())
   state = parallel.replicate(built.start(variables), parallel.mesh())
@@ -675,7 +675,7 @@ def adapted():
 def test_only_chosen_parameters_change(adapted):
   """The sets D and student; every other variable stays the same, bitwise."""
   *_, states, _ = adapted
-  first, last = program.variables(states[0]), program.variables(states[3])
+  first, last = train_step.variables(states[0]), train_step.variables(states[3])
   assert set(first) == set(last)
   kept = {path for path in first if np.array_equal(first[path], last[path])}
   assert kept == {p for p in first if p.startswith('teacher/backbone/')}
@@ -752,7 +752,7 @@ def test_micro_batch_and_scale(adapted):
   """All episodes at once or one at a time; their sum over 3 or their mean."""
   config, _, variables, bank, states, logs = adapted
   config = _small(micro_batch=_IMAGES, loss__scale='mean')
-  built = program.build(config, 2, parallel.mesh())
+  built = train_step.build(config, 2, parallel.mesh())
   assert built.episodes == _IMAGES * jax.device_count()
   state, log = built.dispatch(built.start(variables), bank, _TABLES, _ALL, 1)
   ratio = 3 / len(_BOTH)
@@ -811,7 +811,7 @@ def test_prediction_of_the_student_needs_no_support(adapted):
 def test_sets_of_trainable_parameters(chosen, prefixes):
   """What a choice moves; the rest is not in the optimiser's hands."""
   config = _small(optim__trainable=(chosen,))
-  built = program.build(config, 2, parallel.mesh())
+  built = train_step.build(config, 2, parallel.mesh())
   _, moved, variables = _filled(config)
   state = jax.eval_shape(built.start, variables)
   trains = set(state.params) | set(state.frozen)
@@ -819,7 +819,7 @@ def test_sets_of_trainable_parameters(chosen, prefixes):
   assert moved == set(state.params)
   assert moved == {path for path in trains if path.startswith(under)}
   assert {path.rsplit('/', 1)[1] for path in state.rest} == {'mean', 'var'}
-  assert set(program.variables(state)) == set(variables)
+  assert set(train_step.variables(state)) == set(variables)
   assert set(_moments_of_shapes(state.opt_state)) == moved
 
 
@@ -838,13 +838,13 @@ def _moments_of_shapes(opt_state):
 @pytest.mark.parametrize('system', ['transferfss', 'distillfss'])
 def test_steps_change_only_what_is_chosen(chosen, system):
   config = _small(optim__trainable=(chosen,), system=system)
-  built = program.build(config, 2, parallel.mesh())
+  built = train_step.build(config, 2, parallel.mesh())
   _, moved, variables = _filled(config)
   bank = built.bank(variables, *_support())
   assert (bank.pyramid is None) == (chosen == 'backbone')
   state, logs = built.dispatch(built.start(variables), bank, _TABLES, _ALL, 3)
   assert np.isfinite(logs['loss']).all()
-  after = jax.device_get(program.variables(state))
+  after = jax.device_get(train_step.variables(state))
   changed = {
     path for path, x in after.items() if not np.array_equal(x, variables[path])
   }

@@ -16,16 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import common
-from distillfss_jax import (
-  archive,
-  convert,
-  hub,
-  parallel,
-  params,
-  program,
-  systems,
-  weights,
-)
+from distillfss_jax import convert, parallel, params, systems, train_step
+from distillfss_jax.pretrained import archive, hub, weights
 from distillfss_jax.types import Support
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -53,7 +45,7 @@ def config_of(backbone, size, *, system='distillfss', student='full', **model):
 
 def loaded(config, ways=1):
   """The program of a config, and its variables with what it loads."""
-  built = program.build(config, ways, parallel.mesh())
+  built = train_step.build(config, ways, parallel.mesh())
   system, _, _ = systems.build(config, ways)
   initial = params.flatten(parity.fill_randomly(system, seed=7))
   return built, initial, built.load(initial)
@@ -533,5 +525,5 @@ def test_students_of_our_own_do_not_go_back():
 def test_loading_can_be_traced():
   """What is loaded takes no part in a program: shapes alone will do."""
   config = small()
-  built = program.build(config, 1, parallel.mesh())
+  built = train_step.build(config, 1, parallel.mesh())
   assert jax.eval_shape(lambda: built.load(built.draw()))

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing import (
 from tensorboard.summary.writer import event_file_writer
 from tensorboard.util import tensor_util
 
-from distillfss_jax import writer
+from distillfss_jax.workdir import writer
 
 READERS = [
   event_accumulator.EventAccumulator,
@@ -228,7 +228,7 @@ def test_other_processes_only_log(tmp_path, monkeypatch, capsys, caplog):
 def test_no_tensorflow_and_clu_whole(tmp_path):
   """In a fresh interpreter clu works behind our import, ours in its place."""
   code = (
-    'import sys; from distillfss_jax import writer; '
+    'import sys; from distillfss_jax.workdir import writer; '
     'from clu import metric_writers, periodic_actions; '
     "assert 'tensorflow' not in sys.modules; "
     'w = metric_writers.create_default_writer(sys.argv[1]); '

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from distillfss_jax import parallel, writer
+from distillfss_jax import parallel
 from distillfss_jax.data import augment, core, pipeline
 from distillfss_jax.ops import metrics
 from distillfss_jax.ops.metrics import Confusion
 from distillfss_jax.types import Support
+from distillfss_jax.workdir import writer
 
 
 @dataclasses.dataclass(frozen=True)

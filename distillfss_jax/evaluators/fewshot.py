@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distillfss_jax import parallel, writer
+from distillfss_jax import parallel
 from distillfss_jax.data import core, pipeline
 from distillfss_jax.ops import metrics, resize
 from distillfss_jax.ops.metrics import Confusion
+from distillfss_jax.workdir import writer
 
 BAND = 256  # rows at once, of scoring at the images' own sizes
 

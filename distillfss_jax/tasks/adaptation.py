@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from distillfss_jax import parallel, program, report
+from distillfss_jax import datasets, parallel, train_step
 from distillfss_jax.data import core, pipeline
 from distillfss_jax.data import support as support_lib
 from distillfss_jax.evaluators import brightness, fewshot
@@ -17,6 +17,7 @@ from distillfss_jax.ops.metrics import Confusion
 from distillfss_jax.systems.base import masks_of
 from distillfss_jax.tasks import base
 from distillfss_jax.types import Support
+from distillfss_jax.workdir import pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Data:
 
 def load_data(config) -> Data:
   """The dataset of a config and its support set, checked against each other."""
-  dataset = core.load(config.data.name, **config.data.args)
+  dataset = datasets.load(config.data.name, **config.data.args)
   indices, ids = support_lib.choose(
     dataset, config.support.shots, config.support.seed, config.support.rule
   )
@@ -96,7 +97,7 @@ class Task(base.Task):
     self._bank = parallel.replicate(
       jax.device_get(
         self.compiled.bank(
-          parallel.local(program.variables(state)),
+          parallel.local(train_step.variables(state)),
           support.images,
           support.labels.astype(np.int32),
         )
@@ -112,7 +113,7 @@ class Task(base.Task):
     return self._bank, tables, np.pad(valid, ((0, missing), (0, more)))
 
   def test(self, state, show=()):
-    variables = parallel.local(program.variables(state))
+    variables = parallel.local(train_step.variables(state))
     roles = self.compiled.roles
     memory = self._memory(variables) if 'teacher' in roles else None
     return self.evaluator.run(variables, memory, roles, show=show)
@@ -148,13 +149,13 @@ class Task(base.Task):
 
   def show_begin(self):
     support, dataset = self.data.support, self.data.dataset
-    picture = report.support_panel(
+    picture = pictures.support_panel(
       support.images,
       support.labels,
       names=[id_[:12] for id_ in support.ids],
       palette=dataset.palette,
     )
-    report.save(self.workdir / 'panels' / 'support.png', picture)
+    pictures.save(self.workdir / 'panels' / 'support.png', picture)
     self.out.write_images(0, {'support': picture[None]})
 
   def show_end(self, scored):
@@ -176,7 +177,7 @@ class Task(base.Task):
           label = scored.shown[index][role]
           answers[role] = label, _iou(truth, label, classes)
       pictures.append(
-        report.query_panel(
+        pictures.query_panel(
           records.images[i],
           truth,
           answers,
@@ -184,7 +185,7 @@ class Task(base.Task):
           palette=dataset.palette,
         )
       )
-      report.save(
+      pictures.save(
         self.workdir / 'panels' / f'test_{index:04d}.png', pictures[-1]
       )
     for index, picture in zip(indices, pictures, strict=True):

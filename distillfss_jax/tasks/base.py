@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from distillfss_jax import program
+from distillfss_jax import train_step
 from distillfss_jax.types import TrainState
 
 
@@ -35,7 +35,7 @@ class Task(abc.ABC):
 
   def connect(
     self,
-    compiled: program.Program,
+    compiled: train_step.Program,
     over: jax.sharding.Mesh,
     workdir: pathlib.Path,
     out: Any,

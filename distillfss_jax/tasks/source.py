@@ -6,11 +6,12 @@ The test is a list of episodes of classes that no step has seen.
 import jax
 import numpy as np
 
-from distillfss_jax import parallel, program, report
-from distillfss_jax.data import augment, core, episodes, pipeline
+from distillfss_jax import datasets, parallel, train_step
+from distillfss_jax.data import augment, episodes, pipeline
 from distillfss_jax.evaluators import episodic
 from distillfss_jax.systems.base import Bank
 from distillfss_jax.tasks import base
+from distillfss_jax.workdir import pictures
 
 _PALETTE = ((0, 0, 0), (230, 159, 0))
 
@@ -29,9 +30,11 @@ class Task(base.Task):
   def __init__(self, config):
     super().__init__(config)
     source, name = config.source, config.data.name
-    module = core.module(name)
+    module = datasets.module(name)
     if not hasattr(module, 'pool'):
-      found = (x for x in core.names() if hasattr(core.module(x), 'pool'))
+      found = (
+        x for x in datasets.names() if hasattr(datasets.module(x), 'pool')
+      )
       raise ValueError(
         f'{name} has no episodes to train on; these have: {", ".join(found)}'
       )
@@ -129,7 +132,7 @@ class Task(base.Task):
     return table, np.arange(len(table)) < count
 
   def test(self, state, show=()):
-    variables = parallel.local(program.variables(state))
+    variables = parallel.local(train_step.variables(state))
     return self.evaluator.run(variables, self.compiled.roles, show=show)
 
   def references(self, state):
@@ -156,12 +159,12 @@ class Task(base.Task):
       )
     )
     names = [self.train.classes[c] for c in batch['class']]
-    picture = report.grid(
+    picture = pictures.grid(
       [
-        report.support_panel(
+        pictures.support_panel(
           batch['images'], batch['labels'], names=names, palette=_PALETTE
         ),
-        report.support_panel(
+        pictures.support_panel(
           batch['support_images'][:, 0],
           batch['support_labels'][:, 0],
           names=['its first shot'] * len(names),
@@ -169,7 +172,7 @@ class Task(base.Task):
         ),
       ]
     )
-    report.save(self.workdir / 'panels' / 'episodes.png', picture)
+    pictures.save(self.workdir / 'panels' / 'episodes.png', picture)
     self.out.write_images(0, {'episodes': picture[None]})
 
   def show_end(self, scored):
@@ -195,19 +198,19 @@ class Task(base.Task):
         role: (label, _iou(truth, label))
         for role, label in scored.shown[index].items()
       }
-      shots = report.support_panel(
+      shots = pictures.support_panel(
         batch['support_images'][i], batch['support_labels'][i],
         palette=_PALETTE,
       )  # fmt: skip
-      query = report.query_panel(
+      query = pictures.query_panel(
         batch['images'][i],
         truth,
         answers,
         name=self.classes[batch['class'][i]],
         palette=_PALETTE,
       )
-      picture = report.grid([query, shots])
-      report.save(self.workdir / 'panels' / f'test_{index:04d}.png', picture)
+      picture = pictures.grid([query, shots])
+      pictures.save(self.workdir / 'panels' / f'test_{index:04d}.png', picture)
       self.out.write_images(
         self.config.steps, {f'test/{index:04d}': picture[None]}
       )

@@ -9,8 +9,8 @@
                           grey masks, `r g b name` for colour masks
       train.txt test.txt  optional, an id a line; without them 20 % are test
 
-What the masks mean is decided over all of them together, see `meaning.py`, and
-`summary` says what was found. The id of an image is its path below images/,
+What the masks mean is decided over all of them together, see `mask_meaning.py`,
+and `summary` says what was found. The id of an image is its path below images/,
 with dots, without the suffix. Images are turned as their EXIF orientation says,
 which is how one sees them in a viewer.
 """
@@ -29,7 +29,8 @@ import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from distillfss_jax.data import core, masks, meaning
+from distillfss_jax import datasets
+from distillfss_jax.data import builder, download, mask_meaning, masks, prepared
 
 SPLITS = ('files', 'held_out')
 _SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
@@ -40,7 +41,7 @@ _COCO = 'annotations.json'
 _KEPT_AS_IT_IS = (b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n')  # JPEG, PNG
 
 
-class Folder(core.SegmentationBuilder, skip_registration=True):
+class Folder(builder.SegmentationBuilder, skip_registration=True):
   """Images and masks of the user's own."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -53,7 +54,7 @@ class Folder(core.SegmentationBuilder, skip_registration=True):
   )
 
 
-def builder(name):
+def builder_of(name):
   """Makes the builder class of one folder; ValueError where `name` is bad."""
   if not name:
     raise ValueError('--name is not given: how shall the dataset be called?')
@@ -62,7 +63,7 @@ def builder(name):
       f'--name {name!r} must be small letters, digits and _, and begin with a '
       'letter, as in my_cells'
     )
-  if name in core.names():
+  if name in datasets.names():
     raise ValueError(f'--name {name!r} is another dataset: choose another name')
   body = {
     '__doc__': f'{name}: images and masks of a folder.',
@@ -78,18 +79,18 @@ def load(data_dir='data', name=None):
   Raises:
     FileNotFoundError: when it was not prepared.
   """
-  made = builder(name)
-  if core.manifest(made, data_dir) is None:
+  made = builder_of(name)
+  if prepared.manifest(made, data_dir) is None:
     raise FileNotFoundError(
       f'{name} is not prepared in {str(data_dir)!r}: run python -m '
       f'distillfss_jax.prepare --dataset folder --name {name} '
       f'--raw <folder or zip> --data_dir {data_dir}'
     )
-  return core.load_prepared(made, data_dir)
+  return prepared.load_prepared(made, data_dir)
 
 
 def prepare(raw, data_dir, *, name=None, split=None, skip_bad=False):
-  """Turns the folder into ArrayRecord; see `core.prepare`.
+  """Turns the folder into ArrayRecord; see `builder.prepare`.
 
   The manifest of a first call also has 'pixels', a count of each label, which
   `summary` shows.
@@ -104,17 +105,17 @@ def prepare(raw, data_dir, *, name=None, split=None, skip_bad=False):
   """
   if split not in (None, *SPLITS):
     raise ValueError(f'split {split!r} is not one of {SPLITS}')
-  made, found, contents = builder(name), [], None
+  made, found, contents = builder_of(name), [], None
 
   def layout(files):
     found.append(Layout(files, made, split))
     return found[0]
 
   if raw and pathlib.Path(raw).expanduser().exists():
-    with core.Files(raw, Folder.DOWNLOAD) as files:
+    with download.Files(raw, Folder.DOWNLOAD) as files:
       contents = _contents(files)
   options = {'split': split, 'contents': contents}
-  manifest, new = core.prepare(
+  manifest, new = builder.prepare(
     made, layout, raw, data_dir, skip_bad=skip_bad, **options
   )
   if new:
@@ -152,7 +153,7 @@ class Layout:
     self._parts = _parts(files, prefix, known, split)
     name = f'{prefix}classes.txt'
     lines = _text(files, name)
-    listed = None if lines is None else meaning.parse_classes(lines, name)
+    listed = None if lines is None else mask_meaning.parse_classes(lines, name)
     if masks is None:
       self._masks = Coco(files, f'{prefix}{_COCO}', known, self.images)
       if listed:
@@ -188,7 +189,7 @@ class Layout:
     # A photograph as PNG would take seven times the space.
     if contents.startswith(_KEPT_AS_IT_IS) and id_ not in self._turned:
       return contents
-    return core.png(_decode_image(contents, name)[0])
+    return download.png(_decode_image(contents, name)[0])
 
   def label(self, id_, size):
     """Reads the labels of an id, uint8 [H, W], and counts them."""
@@ -208,7 +209,7 @@ class Layout:
         '%d images are turned as their EXIF orientation says (%s): masks must '
         'be drawn on what a viewer shows',
         len(self._turned),
-        core.few(sorted(self._turned)),
+        download.few(sorted(self._turned)),
       )
     if self._parts is not None:
       train, test = self._parts
@@ -220,7 +221,7 @@ class Layout:
         f'{len(ids)} image is too few: one for train and one for test are the '
         'least'
       )
-    test = core.held_out(ids)
+    test = download.held_out(ids)
     return {'train': sorted(set(ids).difference(test)), 'test': test}
 
 
@@ -251,14 +252,14 @@ def _find_top(files):
     raise ValueError(
       f'{files} has no images/ with masks/ or {_COCO} beside it, at its top or '
       f'one folder down ({len(files.names)} files are there: '
-      f'{core.few(files.names, 3) or "none"}): {Folder.DOWNLOAD}'
+      f'{download.few(files.names, 3) or "none"}): {Folder.DOWNLOAD}'
     )
   if len(found) > 1:
     raise ValueError(
       f'{files} has {len(found)} folders with images/ and masks/: '
-      f'{core.few(x[0] for x in found)}. Give one of them as --raw, or put all '
-      f'into one, as in images/{found[0][0]}/ and masks/{found[0][0]}/, with '
-      'train.txt and test.txt beside them'
+      f'{download.few(x[0] for x in found)}. Give one of them as --raw, or put '
+      f'all into one, as in images/{found[0][0]}/ and masks/{found[0][0]}/, '
+      'with train.txt and test.txt beside them'
     )
   top, images, masks, coco = found[0]
   if len(masks) > 1:
@@ -297,7 +298,7 @@ def _images(files, prefix):
       '%d files in %s are not used (%s): images are %s',
       len(other),
       prefix,
-      core.few(other),
+      download.few(other),
       ', '.join(x[1:] for x in _SUFFIXES),
     )
   return names, keys
@@ -327,7 +328,7 @@ def _parts(files, prefix, known, split):
     if unknown:
       raise ValueError(
         f'{name} names {len(unknown)} images that are not in images/: '
-        f'{core.few(unknown)}'
+        f'{download.few(unknown)}'
       )
     lists[part] = list(dict.fromkeys(known[line] for line in lines))
   if 'test' not in lists:
@@ -343,7 +344,7 @@ def _parts(files, prefix, known, split):
   if both:
     raise ValueError(
       f'{len(both)} images are in both {prefix}train.txt and test.txt: '
-      f'{core.few(sorted(both))}'
+      f'{download.few(sorted(both))}'
     )
   for part, ids in (('train', train), ('test', test)):
     if not ids:
@@ -355,7 +356,7 @@ def _parts(files, prefix, known, split):
     logging.warning(
       '%d images are in neither train.txt nor test.txt and are left out: %s',
       len(rest),
-      core.few(rest),
+      download.few(rest),
     )
   return train, test
 
@@ -368,12 +369,14 @@ def _decode_image(contents, name):
       turned = picture.getexif().get(0x0112, 1) in range(2, 9)
       upright = ImageOps.exif_transpose(picture) if turned else picture
       pixels = np.asarray(upright.convert('RGB'))
-  except meaning.UNREADABLE as error:
+  except mask_meaning.UNREADABLE as error:
     reason = str(error).replace('\n', ' ')
-    raise core.BadFileError(f'{name}: cannot be decoded ({reason})') from error
+    raise download.BadFileError(
+      f'{name}: cannot be decoded ({reason})'
+    ) from error
   if mode.startswith(('I', 'F')):
     # Pillow would clip the values to 255: a white image, without a word.
-    raise core.BadFileError(
+    raise download.BadFileError(
       f'{name}: has more than 8 bits a pixel (mode {mode}), save it with 8'
     )
   return pixels, turned
@@ -394,18 +397,18 @@ class Masks:
       id_ = min(images)
       raise ValueError(
         f'none of the {len(images)} images has a mask in {prefix} '
-        f'(there is {core.few(orphans, 3)}): {self._missing(id_)}'
+        f'(there is {download.few(orphans, 3)}): {self._missing(id_)}'
       )
     if orphans:
       logging.warning(
         '%d masks have no image and are not used: %s',
         len(orphans),
-        core.few(orphans),
+        download.few(orphans),
       )
     seen = self._survey()
     # Without a readable mask there is nothing to decide: all will be named.
-    nothing = meaning.Coding('grey', 1, ('?',), {})
-    self._coding = meaning.decide(seen, listed) if seen else nothing
+    nothing = mask_meaning.Coding('grey', 1, ('?',), {})
+    self._coding = mask_meaning.decide(seen, listed) if seen else nothing
     self.classes, self.palette = self._coding.classes, self._coding.palette
 
   def _missing(self, id_):
@@ -424,21 +427,21 @@ class Masks:
       mininterval=0.5,
     ):
       # What cannot be read is named when all images are checked.
-      with contextlib.suppress(core.BadFileError):
-        seen.append(meaning.survey(self._files.read(names[0]), names[0]))
+      with contextlib.suppress(download.BadFileError):
+        seen.append(mask_meaning.survey(self._files.read(names[0]), names[0]))
     return seen
 
   def label(self, id_, size):
     """Reads the mask of an id, uint8 [H, W]."""
     names = self._of.get(id_)
     if not names:
-      raise core.BadFileError(self._missing(id_))
+      raise download.BadFileError(self._missing(id_))
     if len(names) > 1:
-      raise core.BadFileError(
+      raise download.BadFileError(
         f'{self._images[id_]} has {len(names)} masks: {", ".join(names)}'
       )
-    mask = meaning.decode(self._files.read(names[0]), names[0])
-    core.same_size(names[0], mask.values, size)
+    mask = mask_meaning.decode(self._files.read(names[0]), names[0])
+    download.same_size(names[0], mask.values, size)
     return self._coding.label(mask)
 
 
@@ -501,15 +504,15 @@ class Coco:
     if not self._entries:
       raise ValueError(
         f'{name} lists none of the {len(images)} images (it has '
-        f'{core.few(strangers, 3) or "none"}, there is '
-        f'{core.few(images.values(), 3)})'
+        f'{download.few(strangers, 3) or "none"}, there is '
+        f'{download.few(images.values(), 3)})'
       )
     if strangers:
       logging.warning(
         '%s lists %d images that are not there: %s',
         name,
         len(strangers),
-        core.few(strangers),
+        download.few(strangers),
       )
     self._of = collections.defaultdict(list)
     for number, category, annotation in painted:
@@ -530,28 +533,29 @@ class Coco:
       logging.warning(
         '%d categories have no annotation and are no class: %s',
         len(unused),
-        core.few(unused),
+        download.few(unused),
       )
     order = sorted(i for i in categories if i in there)
     self._labels = {category: i for i, category in enumerate(order, 1)}
     self.classes = tuple(categories[i] for i in order)
-    self.palette = meaning.palette(len(order))
+    self.palette = mask_meaning.palette(len(order))
     if not 1 <= len(order) <= 254 or len(set(self.classes)) != len(order):
       raise ValueError(
         f'{self._name} has {len(order)} categories with annotations '
-        f'({core.few(self.classes)}): 1 to 254 of different names are needed'
+        f'({download.few(self.classes)}): 1 to 254 of different names are '
+        'needed'
       )
 
   def label(self, id_, size):
     """Paints the annotations of an id, uint8 [H, W]."""
     if id_ not in self._entries:
-      raise core.BadFileError(
+      raise download.BadFileError(
         f'no entry in {self._name} for {self._images[id_]}'
       )
     entry = self._entries[id_]
     stated = (entry.get('height', size[0]), entry.get('width', size[1]))
     if stated != tuple(size):
-      raise core.BadFileError(
+      raise download.BadFileError(
         f'{self._images[id_]}: {self._name} says {stated[1]}x{stated[0]}, its '
         f'image is {size[1]}x{size[0]}'
       )
@@ -565,11 +569,15 @@ class Coco:
     form = annotation.get('segmentation')
     where = f'{self._images[id_]}: annotation {annotation.get("id")}'
     if not form:
-      raise core.BadFileError(f'{where} has no segmentation, maybe a box only')
+      raise download.BadFileError(
+        f'{where} has no segmentation, maybe a box only'
+      )
     try:
       return self._painter.paint(form, size)
     except ValueError as error:
-      raise core.BadFileError(f'{where} cannot be decoded ({error})') from error
+      raise download.BadFileError(
+        f'{where} cannot be decoded ({error})'
+      ) from error
 
 
 # ----------------------------------------------------------------- the summary
@@ -645,7 +653,9 @@ def _hints(manifest, images):
     )
   empty = [row['id'] for row in rows if not row['present']]
   if empty:
-    yield f'{len(empty)} images have no class in their mask: {core.few(empty)}'
+    yield (
+      f'{len(empty)} images have no class in their mask: {download.few(empty)}'
+    )
 
 
 def _seem_numbered(classes, images):

@@ -15,7 +15,7 @@ import re
 import numpy as np
 import tensorflow_datasets as tfds
 
-from distillfss_jax.data import core
+from distillfss_jax.data import builder, download, prepared
 
 SPLITS = ('reference', 'drawn')
 TABLE = 'ISIC_2019_Training_GroundTruth.csv'
@@ -28,7 +28,7 @@ _MASK = re.compile(
 _COLUMNS = ('NV', 'MEL', 'BKL', 'BCC', 'AK', 'DF', 'VASC', 'SCC', 'UNK')
 
 
-class Isic(core.SegmentationBuilder):
+class Isic(builder.SegmentationBuilder):
   """Skin lesions of three classes in dermoscopic images, ISIC 2018."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -45,11 +45,11 @@ class Isic(core.SegmentationBuilder):
 
 def load(data_dir='data'):
   """Loads the prepared dataset; FileNotFoundError when there is none."""
-  return core.load_prepared(Isic, data_dir)
+  return prepared.load_prepared(Isic, data_dir)
 
 
 def prepare(raw, data_dir, *, split=None, skip_bad=False):
-  """Turns the download into ArrayRecord; see `core.prepare`.
+  """Turns the download into ArrayRecord; see `builder.prepare`.
 
   `split`: 'reference' takes the test ids from test.csv (column id) beside the
   table; 'drawn' is ours: 20 % of the sorted ids of each class. None is the
@@ -60,7 +60,7 @@ def prepare(raw, data_dir, *, split=None, skip_bad=False):
   if split not in (None, *SPLITS):
     raise ValueError(f'split {split!r} is not one of {SPLITS}')
   layout = functools.partial(Layout, split_name=split)
-  return core.prepare(
+  return builder.prepare(
     Isic, layout, raw, data_dir, skip_bad=skip_bad, split=split
   )
 
@@ -119,9 +119,9 @@ class Layout:
     if self._test is None:
       of_class = [[], [], []]
       for i in ids:
-        with contextlib.suppress(core.BadFileError):  # it was named
+        with contextlib.suppress(download.BadFileError):  # it was named
           of_class[self._class(i) - 1].append(i)
-      test = [i for part in of_class for i in core.held_out(part)]
+      test = [i for part in of_class for i in download.held_out(part)]
     else:
       there = set(ids)
       test = [i for i in self._test if i in there]
@@ -138,7 +138,7 @@ class Layout:
     ones = [name for name in _COLUMNS if row[name] in ('1', '1.0')]
     known = _COLUMNS[: len(Isic.CLASSES)]
     if len(ones) != 1 or ones[0] not in known:
-      raise core.BadFileError(
+      raise download.BadFileError(
         f'{id_}: its row in {TABLE} has a 1 in {ones}, not in one of {known}'
       )
     return 1 + known.index(ones[0])
@@ -155,5 +155,5 @@ class Layout:
     """Reads the mask of an id, uint8 [H, W]: 0 and the label of its class."""
     name = f'{self.top}{MASKS}/{id_}_segmentation.png'
     mask = self._files.decode(name, 'L')
-    core.same_size(name, mask, size)
+    download.same_size(name, mask, size)
     return np.where(mask >= 128, self._class(id_), 0).astype(np.uint8)

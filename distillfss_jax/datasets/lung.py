@@ -17,13 +17,13 @@ import re
 import numpy as np
 import tensorflow_datasets as tfds
 
-from distillfss_jax.data import core
+from distillfss_jax.data import builder, download, prepared
 
 SPLITS = ('owners',)
 _FILES = {'train': 'lung_cancer_train.pkl', 'test': 'lung_cancer_test.pkl'}
 
 
-class Lung(core.SegmentationBuilder):
+class Lung(builder.SegmentationBuilder):
   """Lung nodules in slices of chest CT, Mendeley dataset 5rr22hgzwr."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -43,17 +43,17 @@ def load(data_dir='data'):
   Raises:
     FileNotFoundError: when it was not prepared.
   """
-  return core.load_prepared(Lung, data_dir)
+  return prepared.load_prepared(Lung, data_dir)
 
 
 def prepare(raw, data_dir, *, split='owners', skip_bad=False):
-  """Turns the two tables into ArrayRecord; see `core.prepare`.
+  """Turns the two tables into ArrayRecord; see `builder.prepare`.
 
   The only `split` is the owners': a table each.
   """
   if split not in SPLITS:
     raise ValueError(f'split {split!r} is not one of {SPLITS}')
-  return core.prepare(Lung, Layout, raw, data_dir, skip_bad=skip_bad)
+  return builder.prepare(Lung, Layout, raw, data_dir, skip_bad=skip_bad)
 
 
 class Layout:
@@ -92,12 +92,12 @@ class Layout:
     """The mask of an id, uint8 [H, W] in {0, 1}."""
     mask = self._cells[id_][1]
     if not _numbers(mask):
-      raise core.BadFileError(f'{id_}: mask is {_form(mask)}, not [H, W]')
-    core.same_size(id_, mask, size)
+      raise download.BadFileError(f'{id_}: mask is {_form(mask)}, not [H, W]')
+    download.same_size(id_, mask, size)
     values = np.unique(mask)
     if not np.isin(values, (0, 1)).all():
       shown = ', '.join(str(x) for x in values[:5])
-      raise core.BadFileError(f'{id_}: mask has {shown}, expected 0 and 1')
+      raise download.BadFileError(f'{id_}: mask has {shown}, expected 0 and 1')
     return mask.astype(np.uint8)
 
   def _range(self):
@@ -107,7 +107,7 @@ class Layout:
       try:
         if id_.startswith('train-'):
           usable.append(_usable(id_, hu))
-      except core.BadFileError:
+      except download.BadFileError:
         continue  # reported with all others, by `image`
     low = min((x.min() for x in usable), default=0)
     high = max((x.max() for x in usable), default=1)
@@ -147,9 +147,11 @@ def _form(cell):
 def _usable(id_, hu):
   """`hu`, or BadFileError where it is no slice of finite numbers."""
   if not _numbers(hu):
-    raise core.BadFileError(f'{id_}: hu_array is {_form(hu)}, not [H, W]')
+    raise download.BadFileError(f'{id_}: hu_array is {_form(hu)}, not [H, W]')
   if not np.isfinite(hu).all():
-    raise core.BadFileError(f'{id_}: hu_array has values that are not finite')
+    raise download.BadFileError(
+      f'{id_}: hu_array has values that are not finite'
+    )
   return hu
 
 
@@ -173,10 +175,10 @@ def _table(files, name):
     if not isinstance(table, _DataFrame):
       raise _RefusedError('it is no DataFrame')
     return [table.column(wanted) for wanted in ('hu_array', 'mask')]
-  except core.BadFileError:
+  except download.BadFileError:
     raise
   except _RefusedError as error:
-    raise core.BadFileError(f'{name}: {_line(error)}') from error
+    raise download.BadFileError(f'{name}: {_line(error)}') from error
   except (
     pickle.UnpicklingError,
     ArithmeticError,
@@ -189,7 +191,7 @@ def _table(files, name):
     TypeError,
     ValueError,
   ) as error:  # whatever a damaged pickle makes of itself
-    raise core.BadFileError(
+    raise download.BadFileError(
       f'{name}: it is damaged or no pickle '
       f'({type(error).__name__}: {_line(error)})'
     ) from error

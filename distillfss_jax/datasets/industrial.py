@@ -14,7 +14,7 @@ import posixpath
 import numpy as np
 import tensorflow_datasets as tfds
 
-from distillfss_jax.data import core
+from distillfss_jax.data import builder, core, download, prepared
 
 SPLITS = ('reference',)
 FOLDS = 4
@@ -25,7 +25,7 @@ _COLOURS = (
 )  # fmt: skip
 
 
-class Industrial(core.SegmentationBuilder):
+class Industrial(builder.SegmentationBuilder):
   """Defects of 20 kinds of products and surfaces, Industrial-5i."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -56,22 +56,22 @@ def load(data_dir='data', fold=0):
   if fold not in range(FOLDS):
     raise ValueError(f'fold {fold!r} is not one of 0..{FOLDS - 1}')
   labels = tuple(range(fold + 1, _COUNT + 1, FOLDS))
-  made = core.load_prepared(
+  made = prepared.load_prepared(
     Industrial, data_dir, lambda row: not set(labels).isdisjoint(row['present'])
   )
   return core.select(made, labels)
 
 
 def prepare(raw, data_dir, *, split='reference', skip_bad=False):
-  """Turns the images of all 20 classes into ArrayRecord; see `core.prepare`.
+  """Turns the images of all 20 classes into ArrayRecord; see `builder.prepare`.
 
   The only `split` is the reference's: 20 % of all for testing.
   """
   if split not in SPLITS:
     raise ValueError(f'split {split!r} is not one of {SPLITS}')
-  if (done := core.manifest(Industrial, data_dir)) is not None:
+  if (done := prepared.manifest(Industrial, data_dir)) is not None:
     return done, False
-  with core.Files(raw, Industrial.DOWNLOAD) as files:
+  with download.Files(raw, Industrial.DOWNLOAD) as files:
     found = Layout(files)
 
   class Named(Industrial, skip_registration=True):
@@ -79,7 +79,7 @@ def prepare(raw, data_dir, *, split='reference', skip_bad=False):
     name = Industrial.name
     CLASSES = tuple(found.classes)
 
-  return core.prepare(Named, Layout, raw, data_dir, skip_bad=skip_bad)
+  return builder.prepare(Named, Layout, raw, data_dir, skip_bad=skip_bad)
 
 
 class Layout:
@@ -122,7 +122,7 @@ class Layout:
     others. Train is in the order of data.json, as in every run of the
     reference but the first, test in that of the shuffle.
     """
-    test = [self.ids[i] for i in core.held_out(range(len(self.ids)))]
+    test = [self.ids[i] for i in download.held_out(range(len(self.ids)))]
     good, held_out = set(ids), set(test)
     return {
       'train': [i for i in self.ids if i in good and i not in held_out],
@@ -134,7 +134,7 @@ class Layout:
       place = posixpath.join(self.top, below, path)
       if place in self._there:
         return place
-    raise core.BadFileError(f'{posixpath.join(self.top, path)}: is missing')
+    raise download.BadFileError(f'{posixpath.join(self.top, path)}: is missing')
 
   def image(self, id_):
     """Reads the image of an id, uint8 [H, W, 3]."""
@@ -149,9 +149,9 @@ class Layout:
     path, label = self._row[id_]
     path = self._path(f'{path.removesuffix(".png")}.bmp')
     mask = self._files.decode(path, 'L')
-    core.same_size(path, mask, size)
+    download.same_size(path, mask, size)
     if not mask.any():
-      raise core.BadFileError(f'{path}: mask has no defect')
+      raise download.BadFileError(f'{path}: mask has no defect')
     return np.where(mask > 0, label, 0).astype(np.uint8)
 
 

@@ -18,7 +18,7 @@ import scipy.io
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from distillfss_jax.data import core
+from distillfss_jax.data import builder, core, download, prepared
 
 FOLDS, _WAYS = 4, 5
 PARTS = {'train': 'trn', 'test': 'val'}  # and their names in published lists
@@ -33,7 +33,7 @@ _LIST = re.compile(
 _SBD = re.compile(r'(?P<top>(?:.*/)?)cls/[^/]+\.mat')
 
 
-class Pascal(core.SegmentationBuilder):
+class Pascal(builder.SegmentationBuilder):
   """20 kinds of objects in photographs, PASCAL VOC 2012 and SBD."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -80,7 +80,7 @@ def load(data_dir='data', fold=None, augmented=True, void=True):
   if fold is not None and fold not in range(FOLDS):
     raise ValueError(f'fold {fold!r} is not one of 0..{FOLDS - 1}, or None')
   labels = range(1, 21) if fold is None else fold_labels(fold)
-  made = core.load_prepared(
+  made = prepared.load_prepared(
     Pascal,
     data_dir,
     None
@@ -131,9 +131,9 @@ def pool(
   of_images = bool(lists) and pathlib.Path(lists).expanduser().is_file()
   if lists and exclusive and not of_images:
     raise ValueError('lists say which pairs there are: exclusive cannot')
-  made = core.load_prepared(Pascal, data_dir, train=_ALL_TRAIN)
+  made = prepared.load_prepared(Pascal, data_dir, train=_ALL_TRAIN)
   source = getattr(made, part)
-  skipped = core.manifest(Pascal, data_dir)['skipped']
+  skipped = prepared.manifest(Pascal, data_dir)['skipped']
   folds = [f for f in range(FOLDS) if (f == fold) == (part == 'test')]
   labels = [label for f in folds for label in fold_labels(f)]
   names = tuple(made.classes[label - 1] for label in labels)
@@ -228,8 +228,8 @@ def _published(folder, part, folds, source, skipped):
 
 
 def prepare(raw, data_dir, *, skip_bad=False):
-  """Turns all labelled images into ArrayRecord; see `core.prepare`."""
-  return core.prepare(Pascal, Layout, raw, data_dir, skip_bad=skip_bad)
+  """Turns all labelled images into ArrayRecord; see `builder.prepare`."""
+  return builder.prepare(Pascal, Layout, raw, data_dir, skip_bad=skip_bad)
 
 
 class Layout:
@@ -293,7 +293,7 @@ class Layout:
     for name in names:
       if name in self._there:
         return name
-    raise core.BadFileError(f'{names[0]}: is missing')
+    raise download.BadFileError(f'{names[0]}: is missing')
 
   def split(self, ids):
     """Divides the ids as the lists do, each part in their order."""
@@ -330,9 +330,9 @@ class Layout:
     name = self._first(*names)
     read = _matlab if name.endswith('.mat') else _indices
     label = read(name, self._files.read(name))
-    core.same_size(name, label, size)
+    download.same_size(name, label, size)
     if strange := sorted({*np.unique(label).tolist()} - {*range(21), 255}):
-      raise core.BadFileError(
+      raise download.BadFileError(
         f'{name}: has values {strange[:5]}, expected 0..20 and 255'
       )
     return label.astype(np.uint8)
@@ -340,10 +340,10 @@ class Layout:
 
 def _indices(name, contents):
   """The values of a palette or grey PNG as they are, whatever the colours."""
-  values = core.decode(contents, name, 'P')
+  values = download.decode(contents, name, 'P')
   mode = Image.open(io.BytesIO(contents)).mode
   if mode not in ('P', 'L'):
-    raise core.BadFileError(
+    raise download.BadFileError(
       f'{name}: is a picture of mode {mode}, expected class indices 0..20 and '
       '255, one channel of 8 bits (palette or grey)'
     )
@@ -357,6 +357,6 @@ def _matlab(name, contents):
     return np.asarray(label[0, 0], np.int64)
   except Exception as error:  # its reader raises whatever bad bytes lead to
     reason = str(error).replace('\n', ' ')
-    raise core.BadFileError(
+    raise download.BadFileError(
       f'{name}: has no GTcls.Segmentation that can be read ({reason:.100})'
     ) from error

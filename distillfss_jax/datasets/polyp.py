@@ -14,7 +14,7 @@ import re
 import numpy as np
 import tensorflow_datasets as tfds
 
-from distillfss_jax.data import core
+from distillfss_jax.data import builder, download, prepared
 
 SPLITS = ('published',)
 TRAIN = 'train'
@@ -33,7 +33,7 @@ _FILE = re.compile(
 )
 
 
-class Polyp(core.SegmentationBuilder):
+class Polyp(builder.SegmentationBuilder):
   """Polyps in colonoscopy images of five sources, as PraNet divides them."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -60,7 +60,7 @@ def load(data_dir='data', test='all'):
   """
   if test not in ('all', *TESTS):
     raise ValueError(f'test {test!r} is not one of {("all", *TESTS)}')
-  made = core.manifest(Polyp, data_dir)
+  made = prepared.manifest(Polyp, data_dir)
   splits = {row['split'] for row in made['records']} if made else ()
   there = [name for name in TESTS if split_of(name) in splits]
   if made and test not in ('all', *there):
@@ -70,7 +70,7 @@ def load(data_dir='data', test='all'):
       'add it, remove the prepared folder and prepare again'
     )
   chosen = there if test == 'all' else [test]
-  return core.load_prepared(
+  return prepared.load_prepared(
     Polyp, data_dir, test=tuple(split_of(name) for name in chosen)
   )
 
@@ -81,14 +81,14 @@ def split_of(name):
 
 
 def prepare(raw, data_dir, *, split='published', skip_bad=False):
-  """Turns the six sets into ArrayRecord; see `core.prepare`.
+  """Turns the six sets into ArrayRecord; see `builder.prepare`.
 
   The only `split` is the published one, of the folders. A test set that is not
   there is left out, with a warning.
   """
   if split not in SPLITS:
     raise ValueError(f'split {split!r} is not one of {SPLITS}')
-  return core.prepare(Polyp, Layout, raw, data_dir, skip_bad=skip_bad)
+  return builder.prepare(Polyp, Layout, raw, data_dir, skip_bad=skip_bad)
 
 
 class Layout:
@@ -155,7 +155,7 @@ class Layout:
     if len(paths) == 1:
       return paths[0]
     what = f'has several: {", ".join(paths)}' if paths else 'has none'
-    raise core.BadFileError(f'{id_}: {what} in {kind}/, expected one file')
+    raise download.BadFileError(f'{id_}: {what} in {kind}/, expected one file')
 
   def image(self, id_):
     """Reads the image of an id, uint8 [H, W, 3]."""
@@ -165,7 +165,7 @@ class Layout:
     """The image as JPEG or PNG: the file itself unless it is a TIFF."""
     path = self._path('images', id_)
     if path.lower().endswith(('.tif', '.tiff')):
-      return core.png(self.image(id_))
+      return download.png(self.image(id_))
     return self._files.read(path)
 
   def label(self, id_, size):
@@ -176,5 +176,5 @@ class Layout:
     """
     path = self._path('masks', id_)
     mask = self._files.decode(path, 'L')
-    core.same_size(path, mask, size)
+    download.same_size(path, mask, size)
     return (mask > 127).astype(np.uint8)

@@ -14,7 +14,7 @@ import re
 import numpy as np
 import tensorflow_datasets as tfds
 
-from distillfss_jax.data import core
+from distillfss_jax.data import builder, core, download, prepared
 
 SPLITS = ('ours',)
 PARTS = {'all': ('train', 'test'), 'train': ('train',), 'test': ('test',)}
@@ -25,7 +25,7 @@ _MASK = '_mask'
 _MONTGOMERY = 'MCUCXR'
 
 
-class Chestxray(core.SegmentationBuilder):
+class Chestxray(builder.SegmentationBuilder):
   """Lungs in chest radiographs, Shenzhen Hospital X-ray set."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -42,7 +42,7 @@ class Chestxray(core.SegmentationBuilder):
 
 def load(data_dir='data'):
   """Loads the prepared dataset; FileNotFoundError when there is none."""
-  return core.load_prepared(Chestxray, data_dir)
+  return prepared.load_prepared(Chestxray, data_dir)
 
 
 def pool(data_dir='data', part='all'):
@@ -54,7 +54,7 @@ def pool(data_dir='data', part='all'):
   """
   if part not in PARTS:
     raise ValueError(f'part {part!r} is not one of {tuple(PARTS)}')
-  made = core.load_prepared(Chestxray, data_dir, train=PARTS[part], test=())
+  made = prepared.load_prepared(Chestxray, data_dir, train=PARTS[part], test=())
   found = core.pool(made.train, made.classes, (1,))
   # The original lists its files by name.
   order = sorted(range(len(found.pairs)), key=made.train.ids.__getitem__)
@@ -62,14 +62,14 @@ def pool(data_dir='data', part='all'):
 
 
 def prepare(raw, data_dir, *, split='ours', skip_bad=False):
-  """Turns the images with a mask into ArrayRecord; see `core.prepare`.
+  """Turns the images with a mask into ArrayRecord; see `builder.prepare`.
 
-  The only `split` is ours, 20 % of the sorted ids by `core.held_out`: the
+  The only `split` is ours, 20 % of the sorted ids by `download.held_out`: the
   original has none, its episodes are drawn from all images.
   """
   if split not in SPLITS:
     raise ValueError(f'split {split!r} is not one of {SPLITS}')
-  return core.prepare(Chestxray, Layout, raw, data_dir, skip_bad=skip_bad)
+  return builder.prepare(Chestxray, Layout, raw, data_dir, skip_bad=skip_bad)
 
 
 class Layout:
@@ -107,13 +107,13 @@ class Layout:
 
   def split(self, ids):
     """Divides the ids: train sorted, test in the order of the rule."""
-    test = core.held_out(ids)
+    test = download.held_out(ids)
     return {'train': sorted(set(ids).difference(test)), 'test': test}
 
   def _path(self, *parts):
     path = posixpath.join(self.top, *parts)
     if path not in self._there:
-      raise core.BadFileError(f'{path}: is missing, and its mask is there')
+      raise download.BadFileError(f'{path}: is missing, and its mask is there')
     return path
 
   def image(self, id_):
@@ -128,5 +128,5 @@ class Layout:
     """Reads the mask of an id, uint8 [H, W] in {0, 1}."""
     path = self._path('masks', f'{id_}{_MASK}.png')
     mask = self._files.decode(path, 'L')
-    core.same_size(path, mask, size)
+    download.same_size(path, mask, size)
     return (mask >= 128).astype(np.uint8)

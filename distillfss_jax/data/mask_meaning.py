@@ -16,7 +16,7 @@ import typing
 import numpy as np
 from PIL import Image
 
-from distillfss_jax.data import core
+from distillfss_jax.data import download
 
 UNREADABLE = (
   OSError,
@@ -114,7 +114,7 @@ def parse_classes(lines, name):
   if twice or not 1 <= len(names) <= 254:
     wrong = ': 1 to 254 are needed'
     if twice:
-      wrong = f', {core.few(twice)} more than once'
+      wrong = f', {download.few(twice)} more than once'
     raise ValueError(f'{name} names {len(names)} classes{wrong}')
   return Listed(kind, tuple(names), table)
 
@@ -179,7 +179,7 @@ def decode(contents, name):
   depth, sort = (contents[24], contents[25]) if png else (8, None)
   if depth == 16 and sort in (2, 4, 6):
     # Pillow keeps the upper 8 bits of these, and says nothing.
-    raise core.BadFileError(
+    raise download.BadFileError(
       f'{name}: a colour PNG of 16 bits, save it with 8 or as grey'
     )
   try:
@@ -196,11 +196,13 @@ def decode(contents, name):
       pixels = np.asarray(picture)
   except UNREADABLE as error:
     reason = str(error).replace('\n', ' ')
-    raise core.BadFileError(f'{name}: cannot be decoded ({reason})') from error
+    raise download.BadFileError(
+      f'{name}: cannot be decoded ({reason})'
+    ) from error
   if mode == '1':
     pixels = pixels * np.uint8(255)
   if mode == 'F' and not np.array_equal(pixels, np.rint(pixels)):
-    raise core.BadFileError(f'{name}: values are fractions, not labels')
+    raise download.BadFileError(f'{name}: values are fractions, not labels')
   pixels = pixels.astype(np.int64)
   if mode in ('LA', 'PA', 'RGBA'):
     pixels = _opaque(pixels)
@@ -312,7 +314,7 @@ def decide(seen, listed):
         '%d of %d classes are in no mask: %s',
         len(missing),
         len(coding.classes),
-        core.few(coding.classes[i - 1] for i in missing),
+        download.few(coding.classes[i - 1] for i in missing),
       )
     for value in total:
       coding.table.setdefault(value, 0)
@@ -403,10 +405,12 @@ def _values(kind, total, where, used, listed):
     return _by_value(kind, values, where, used, listed)
   if kind == 'index' or _is_label_map(rest, names):
     return _label_map(kind, values, rest, where, used, names)
-  names = _fit(names, len(values), f'hold the values {core.few(values, _MOST)}')
+  names = _fit(
+    names, len(values), f'hold the values {download.few(values, _MOST)}'
+  )
   logging.info(
     'masks hold the values %s: each is a class, in this order',
-    core.few(values, _MOST),
+    download.few(values, _MOST),
   )
   names = names or tuple(f'value{v}' for v in values)
   return Coding(kind, 1, names, {v: i for i, v in enumerate(values, 1)})
@@ -416,8 +420,8 @@ def _fit(names, count, what):
   """Gives names that are none or as many as classes; else a ValueError."""
   if names and len(names) != count:
     raise ValueError(
-      f'classes.txt names {len(names)} classes ({core.few(names)}), but the '
-      f'masks {what}: {count} are needed'
+      f'classes.txt names {len(names)} classes ({download.few(names)}), but '
+      f'the masks {what}: {count} are needed'
     )
   return names
 
@@ -436,8 +440,8 @@ def _label_map(kind, values, rest, where, used, names):
   count = rest[-1]
   if names and len(names) < count:
     raise ValueError(
-      f'classes.txt names {len(names)} classes ({core.few(names)}), but the '
-      f'masks hold labels up to {count} (in {where[count]})'
+      f'classes.txt names {len(names)} classes ({download.few(names)}), but '
+      f'the masks hold labels up to {count} (in {where[count]})'
     )
   if kind == 'grey' and len(rest) == 1 and len(values) == 2:
     # Masks of 0 and 1 beside masks of 0 and 255 are of two sources.
@@ -460,8 +464,8 @@ def _by_value(kind, values, where, used, listed):
   if odd:
     raise ValueError(
       f'classes.txt names {len(listed.names)} classes of the values '
-      f'{core.few(listed.table)}, but the masks hold {len(values)} values '
-      f'besides 0, also {core.few(odd)} (in {where[odd[0]]})'
+      f'{download.few(listed.table)}, but the masks hold {len(values)} values '
+      f'besides 0, also {download.few(odd)} (in {where[odd[0]]})'
     )
   table = {255: 255, **listed.table}
   by_label = sorted(
@@ -496,10 +500,11 @@ def _soft(total, where, used, names, lossy):
   if not (low and high and low + high >= 0.9 * pixels and max(total) <= 255):
     common = [v for v, _ in total.most_common(5)]
     raise ValueError(
-      f'masks hold {what} (most often {core.few(sorted(common))}), which are '
-      'neither black and white nor labels: save them as PNG with a value per '
-      f'class, at most {_MOST}, or as labels 1, 2, ... named in classes.txt; '
-      'where every object has a number, give all objects of a class the same'
+      f'masks hold {what} (most often {download.few(sorted(common))}), which '
+      'are neither black and white nor labels: save them as PNG with a '
+      f'value per class, at most {_MOST}, or as labels 1, 2, ... named in '
+      'classes.txt; where every object has a number, give all objects of a '
+      'class the same'
     )
   names = _fit(names, 1, f'hold {what}, and are taken for black and white')
   logging.warning(
@@ -519,7 +524,7 @@ def _colours(kind, total, where, used, listed):
       raise ValueError(
         f'classes.txt names {len(listed.names)} classes, but the masks hold '
         f'{len(found)} colours besides black, also '
-        f'{core.few(map(_unpack, odd))} (in {where[odd[0]]})'
+        f'{download.few(map(_unpack, odd))} (in {where[odd[0]]})'
       )
     own = _listed_palette(listed)
     return Coding(kind, 1, listed.names, dict(listed.table), own)
@@ -527,7 +532,7 @@ def _colours(kind, total, where, used, listed):
     lossy = [x.name for x in used if x.mask.lossy]
     raise ValueError(
       f'masks hold {len(found)} colours besides black, {_MOST} are the most '
-      f'(most often {core.few(map(_unpack, found), 3)}): '
+      f'(most often {download.few(map(_unpack, found), 3)}): '
       + (f'{lossy[0]} is lossy, ' if lossy else 'their edges may be soft, ')
       + 'save masks as PNG with exactly one colour per class'
     )
@@ -536,7 +541,7 @@ def _colours(kind, total, where, used, listed):
     raise ValueError(
       f'classes.txt names {len(names)} classes and the masks hold '
       f'{len(found)} colours: write `r g b name` for each of '
-      f'{core.few(map(_unpack, found), _MOST)}'
+      f'{download.few(map(_unpack, found), _MOST)}'
     )
   if not names and len(found) == 1:
     names = ('foreground',)

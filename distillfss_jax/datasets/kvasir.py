@@ -11,7 +11,7 @@ import re
 import numpy as np
 import tensorflow_datasets as tfds
 
-from distillfss_jax.data import core
+from distillfss_jax.data import builder, download, prepared
 
 SPLITS = ('reference', 'published')
 _FILE = re.compile(
@@ -19,7 +19,7 @@ _FILE = re.compile(
 )
 
 
-class Kvasir(core.SegmentationBuilder):
+class Kvasir(builder.SegmentationBuilder):
   """Polyps in colonoscopy images, Kvasir-SEG."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -35,11 +35,11 @@ class Kvasir(core.SegmentationBuilder):
 
 def load(data_dir='data'):
   """Loads the prepared dataset; FileNotFoundError when there is none."""
-  return core.load_prepared(Kvasir, data_dir)
+  return prepared.load_prepared(Kvasir, data_dir)
 
 
 def prepare(raw, data_dir, *, split='reference', skip_bad=False):
-  """Turns the download into ArrayRecord; see `core.prepare`.
+  """Turns the download into ArrayRecord; see `builder.prepare`.
 
   `split`: 'reference' holds out 20 % of the sorted ids by the reference's rule;
   'published' follows train.txt and val.txt beside images/. The owners' zip has
@@ -51,7 +51,7 @@ def prepare(raw, data_dir, *, split='reference', skip_bad=False):
   if split not in SPLITS:
     raise ValueError(f'split {split!r} is not one of {SPLITS}')
   layout = functools.partial(Layout, split_name=split)
-  return core.prepare(
+  return builder.prepare(
     Kvasir, layout, raw, data_dir, skip_bad=skip_bad, split=split
   )
 
@@ -88,7 +88,7 @@ class Layout:
   def split(self, ids):
     """Divides the ids: train sorted, test in the order of the rule or list."""
     if self._lists is None:
-      test = core.held_out(ids)
+      test = download.held_out(ids)
     else:
       there, (train, held_out) = set(ids), self._lists
       test = [i for i in held_out if i in there]
@@ -113,5 +113,5 @@ class Layout:
     """
     name = f'{self.top}masks/{id_}.jpg'
     mask = self._files.decode(name, 'RGB')[..., 0]
-    core.same_size(name, mask, size)
+    download.same_size(name, mask, size)
     return (mask > 245).astype(np.uint8)

@@ -17,8 +17,10 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from distillfss_jax import archive, checkpoint, hub, params
+from distillfss_jax import params
 from distillfss_jax.models import dcama, distilled
+from distillfss_jax.pretrained import archive, hub
+from distillfss_jax.workdir import checkpoint
 
 Arrays = dict[str, np.ndarray]
 

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from distillfss_jax.data import core
+from distillfss_jax.data import builder, download, prepared
 
 SPLITS = ('reference', 'drawn')
 UNKNOWN = {'void': 255, 'reference': 1}
@@ -29,7 +29,7 @@ _LISTED = re.compile(r'([^/_,"\s]+)_(?:mask_)?(\d\d)\b')
 _LABELS = np.array([0, 5, 4, 1, 0, 3, 2, 6], np.uint8)
 
 
-class Deepglobe(core.SegmentationBuilder):
+class Deepglobe(builder.SegmentationBuilder):
   """Tiles of satellite images with six classes of land, DeepGlobe 2018."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -48,11 +48,11 @@ class Deepglobe(core.SegmentationBuilder):
 
 def load(data_dir='data'):
   """Loads the prepared dataset; FileNotFoundError when there is none."""
-  return core.load_prepared(Deepglobe, data_dir)
+  return prepared.load_prepared(Deepglobe, data_dir)
 
 
 def prepare(raw, data_dir, *, split=None, unknown='void', skip_bad=False):
-  """Turns the download into ArrayRecord; see `core.prepare`.
+  """Turns the download into ArrayRecord; see `builder.prepare`.
 
   `split`: 'reference' takes the test tiles from test.csv beside the images, or
   one folder up; 'drawn' is ours: 20 % of the images with all their tiles. None
@@ -69,7 +69,7 @@ def prepare(raw, data_dir, *, split=None, unknown='void', skip_bad=False):
     raise ValueError(f'unknown {unknown!r} is not one of {tuple(UNKNOWN)}')
   layout = functools.partial(Layout, split_name=split, unknown=unknown)
   options = {'split': split, 'unknown': unknown}
-  return core.prepare(
+  return builder.prepare(
     Deepglobe, layout, raw, data_dir, skip_bad=skip_bad, **options
   )
 
@@ -105,7 +105,7 @@ class Layout:
       )
     self._test = self._listed(split_name)
     self._bad = {}  # id of a whole image: why its mask has no tiles
-    tiled = core.ahead(self._tiles, whole)
+    tiled = download.ahead(self._tiles, whole)
     bar = tqdm(tiled, 'tiling', len(whole), unit='image', mininterval=0.5)
     self.ids = [id_ for ids in bar for id_ in ids]
     if not self.ids:
@@ -118,7 +118,7 @@ class Layout:
     """The ids of an image's tiles to keep; its own if there can be none."""
     try:
       return _kept(whole, self._colours(whole))
-    except core.BadFileError as error:
+    except download.BadFileError as error:
       self._bad[whole] = error
       return [whole]
 
@@ -147,7 +147,7 @@ class Layout:
     for i in ids:
       tiles.setdefault(self.whole(i), []).append(i)
     if self._test is None:
-      test = [i for whole in core.held_out(tiles) for i in tiles[whole]]
+      test = [i for whole in download.held_out(tiles) for i in tiles[whole]]
     else:
       there = set(ids)
       test = [i for i in self._test if i in there]
@@ -180,7 +180,9 @@ class Layout:
     if getattr(self._last, 'whole', None) != whole:
       image = self._files.decode(f'{self.top}{whole}_sat.jpg', 'RGB')
       colours = self._colours(whole)
-      core.same_size(f'{self.top}{whole}_mask.png', colours, image.shape[:2])
+      download.same_size(
+        f'{self.top}{whole}_mask.png', colours, image.shape[:2]
+      )
       self._last.whole, self._last.pair = whole, (image, colours)
     return [_tile(array, *map(int, place)) for array in self._last.pair]
 
@@ -194,7 +196,7 @@ class Layout:
     mask = self._files.decode(name, 'RGB')
     height, width = mask.shape[:2]
     if height % TILES or width % TILES:
-      raise core.BadFileError(
+      raise download.BadFileError(
         f'{name}: {width}x{height} cannot be cut into {TILES}x{TILES} tiles; '
         'the owners publish 2448x2448'
       )

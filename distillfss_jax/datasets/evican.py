@@ -21,7 +21,7 @@ import typing
 import numpy as np
 import tensorflow_datasets as tfds
 
-from distillfss_jax.data import core, masks
+from distillfss_jax.data import builder, download, masks, prepared
 
 SPLITS = ('published',)
 _PARTS = {'train': 'train', 'test': 'val'}  # ours: the owners'
@@ -29,7 +29,7 @@ _LIST = 'annotations_EVICAN2/instances_{}2019_EVICAN2.json'
 _FOLDERS = ('Images/{}/', 'Images/EVICAN_{}2019/')
 
 
-class Evican(core.SegmentationBuilder):
+class Evican(builder.SegmentationBuilder):
   """Cells and nuclei of 30 cell lines under microscopes, EVICAN."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -46,17 +46,17 @@ class Evican(core.SegmentationBuilder):
 
 def load(data_dir='data'):
   """Loads the prepared dataset; FileNotFoundError when there is none."""
-  return core.load_prepared(Evican, data_dir)
+  return prepared.load_prepared(Evican, data_dir)
 
 
 def prepare(raw, data_dir, *, split='published', skip_bad=False):
-  """Turns the download into ArrayRecord; see `core.prepare`.
+  """Turns the download into ArrayRecord; see `builder.prepare`.
 
   The only `split` is the published one, of the two lists.
   """
   if split not in SPLITS:
     raise ValueError(f'split {split!r} is not one of {SPLITS}')
-  return core.prepare(Evican, Layout, raw, data_dir, skip_bad=skip_bad)
+  return builder.prepare(Evican, Layout, raw, data_dir, skip_bad=skip_bad)
 
 
 class _Row(typing.NamedTuple):
@@ -122,24 +122,26 @@ class Layout:
   def _read_file(self, id_):
     row = self._rows[id_]
     if row.path not in self._there:
-      raise core.BadFileError(f'{row.path}: is missing, {row.source} has it')
+      raise download.BadFileError(
+        f'{row.path}: is missing, {row.source} has it'
+      )
     return self._files.read(row.path)
 
   def image(self, id_):
     """Reads the image of an id, uint8 [H, W, 3]."""
-    return core.decode(self._read_file(id_), self._rows[id_].path, 'RGB')
+    return download.decode(self._read_file(id_), self._rows[id_].path, 'RGB')
 
   def encoded(self, id_):
     """The image as JPEG or PNG: the file itself where it is one."""
     if id_.lower().endswith(('.jpg', '.jpeg', '.png')):
       return self._read_file(id_)
-    return core.png(self.image(id_))
+    return download.png(self.image(id_))
 
   def label(self, id_, size):
     """Paints the annotations of an id, uint8 [H, W], later over earlier."""
     row = self._rows[id_]
     if row.size != tuple(size):
-      raise core.BadFileError(
+      raise download.BadFileError(
         f'{row.path}: {row.source} says {row.size[1]}x{row.size[0]}, the image '
         f'is {size[1]}x{size[0]}'
       )
@@ -148,7 +150,7 @@ class Layout:
       try:
         label[self._decode(form, size)] = value
       except (ValueError, TypeError) as error:
-        raise core.BadFileError(
+        raise download.BadFileError(
           f'{row.path}: annotation {number} of {row.source} cannot be decoded '
           f'({error})'
         ) from error

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from distillfss_jax.data import core
+from distillfss_jax.data import builder, core, download, prepared
 
 SPLITS = ('ours', 'lists')
 PARTS = ('train', 'val', 'test')
@@ -31,7 +31,7 @@ _FILE = re.compile(
 )
 
 
-class Fss1000(core.SegmentationBuilder):
+class Fss1000(builder.SegmentationBuilder):
   """Ten images of each of 1000 classes, FSS-1000."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -68,8 +68,8 @@ def load(data_dir='data', category=''):
     )
   own = [row for row in rows if _category(row) == category]
   own.sort(key=_number)
-  sources = core.divided(
-    core.folder(Fss1000, data_dir),
+  sources = prepared.divided(
+    prepared.folder(Fss1000, data_dir),
     1,
     [row for row in own if _number(row) <= SHOTS],
     [row for row in own if _number(row) > SHOTS],
@@ -93,7 +93,7 @@ def pool(data_dir='data', part='test'):
   if part not in PARTS:
     raise ValueError(f'part {part!r} is not one of {PARTS}')
   rows = [row for row in _rows(data_dir) if row['split'] == part]
-  source = core.Prepared(core.folder(Fss1000, data_dir), rows, 1)
+  source = prepared.Prepared(prepared.folder(Fss1000, data_dir), rows, 1)
   classes, of = np.unique([_category(row) for row in rows], return_inverse=True)
   pairs = np.stack([np.arange(len(rows)), of], 1).astype(np.int32)
   names = tuple(classes.tolist())
@@ -101,9 +101,9 @@ def pool(data_dir='data', part='test'):
 
 
 def _rows(data_dir):
-  made = core.manifest(Fss1000, data_dir)
+  made = prepared.manifest(Fss1000, data_dir)
   if made is None:
-    raise FileNotFoundError(core.unprepared(Fss1000, data_dir))
+    raise FileNotFoundError(prepared.unprepared(Fss1000, data_dir))
   return made['records']
 
 
@@ -116,7 +116,7 @@ def _number(row):
 
 
 def prepare(raw, data_dir, *, split='ours', skip_bad=False):
-  """Turns all classes into ArrayRecord; see `core.prepare`.
+  """Turns all classes into ArrayRecord; see `builder.prepare`.
 
   `split`: 'ours' draws 240 of 1000 classes for testing and 240 for validation,
   as many in proportion of fewer, by a seeded permutation of the sorted names.
@@ -133,7 +133,7 @@ def prepare(raw, data_dir, *, split='ours', skip_bad=False):
   def layout(files):
     return Layout(files, lists=split == 'lists')
 
-  return core.prepare(
+  return builder.prepare(
     Fss1000, layout, raw, data_dir, skip_bad=skip_bad, split=split
   )
 
@@ -218,7 +218,7 @@ class Layout:
   def _path(self, id_, form):
     path = f'{self.top}{id_}.{form}'
     if path not in self._there:
-      raise core.BadFileError(f'{path}: is missing')
+      raise download.BadFileError(f'{path}: is missing')
     return path
 
   def image(self, id_):
@@ -237,10 +237,12 @@ class Layout:
     """
     path = self._path(id_, 'png')
     contents = self._files.read(path)
-    colours = core.decode(contents, path, 'RGB')
+    colours = download.decode(contents, path, 'RGB')
     if (colours != colours[..., :1]).any(-1).mean() > 0.5:
-      raise core.BadFileError(f'{path}: is a picture in colours, not a mask')
-    mask = (core.decode(contents, path, 'L') >= 128).astype(np.uint8)
+      raise download.BadFileError(
+        f'{path}: is a picture in colours, not a mask'
+      )
+    mask = (download.decode(contents, path, 'L') >= 128).astype(np.uint8)
     if mask.shape == tuple(size):
       return mask
     sizes = [f'{w}x{h}' for h, w in (mask.shape, size)]

@@ -13,7 +13,7 @@ import re
 import numpy as np
 import tensorflow_datasets as tfds
 
-from distillfss_jax.data import core
+from distillfss_jax.data import builder, download, prepared
 
 SPLITS = ('published',)
 _FILE = re.compile(
@@ -22,7 +22,7 @@ _FILE = re.compile(
 )
 
 
-class Pothole(core.SegmentationBuilder):
+class Pothole(builder.SegmentationBuilder):
   """Potholes and cracks in images of roads, Pothole Mix."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -38,18 +38,18 @@ class Pothole(core.SegmentationBuilder):
 
 def load(data_dir='data'):
   """Loads the prepared dataset; FileNotFoundError when there is none."""
-  return core.load_prepared(Pothole, data_dir)
+  return prepared.load_prepared(Pothole, data_dir)
 
 
 def prepare(raw, data_dir, *, split='published', skip_bad=False):
-  """Turns the download into ArrayRecord; see `core.prepare`.
+  """Turns the download into ArrayRecord; see `builder.prepare`.
 
   The one `split` is that of the owners' folders: training/ and testing/. Like
   the reference we do not read validation/.
   """
   if split not in SPLITS:
     raise ValueError(f'split {split!r} is not one of {SPLITS}')
-  return core.prepare(Pothole, Layout, raw, data_dir, skip_bad=skip_bad)
+  return builder.prepare(Pothole, Layout, raw, data_dir, skip_bad=skip_bad)
 
 
 class Layout:
@@ -92,7 +92,7 @@ class Layout:
     file = re.sub(r'\.(?i:jpg)$', '.png', one['file'])
     name = f'{self.top}{one["part"]}/{one["subset"]}/masks/{file}'
     mask = self._files.decode(name, 'L')
-    core.same_size(name, mask, size)
+    download.same_size(name, mask, size)
     return (mask > 0).astype(np.uint8)
 
 

@@ -14,7 +14,7 @@ import re
 import numpy as np
 import tensorflow_datasets as tfds
 
-from distillfss_jax.data import core
+from distillfss_jax.data import builder, download, prepared
 
 COUNTS = {'003': 408}  # tiles of a field, where they are published
 SPLIT = '000:003'  # fields for training : fields for testing
@@ -27,7 +27,7 @@ _LABELS = {0: 0, 2: 2, 10000: 1}  # value of an iMap -> label
 _BLACK = 10  # pixels that a tile may have without any light
 
 
-class Weedmap(core.SegmentationBuilder):
+class Weedmap(builder.SegmentationBuilder):
   """Crop and weeds in aerial images of sugar beet fields, RedEdge-M camera."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -53,7 +53,7 @@ def load(data_dir='data', remove_black_images=False):
     FileNotFoundError: when it was not prepared.
     ValueError: when no train tile remains.
   """
-  made = core.load_prepared(Weedmap, data_dir)
+  made = prepared.load_prepared(Weedmap, data_dir)
   if not remove_black_images:
     return made
   black = {x['id'] for x in made.train if _is_black(x['image'])}
@@ -62,7 +62,7 @@ def load(data_dir='data', remove_black_images=False):
       f'all {len(black)} train tiles have more than {_BLACK} black pixels: '
       'load them with remove_black_images=False'
     )
-  return core.load_prepared(
+  return prepared.load_prepared(
     Weedmap, data_dir, lambda row: row['id'] not in black
   )
 
@@ -72,13 +72,13 @@ def _is_black(image):
 
 
 def prepare(raw, data_dir, *, split=SPLIT, skip_bad=False):
-  """Turns the tiles into ArrayRecord; see `core.prepare`.
+  """Turns the tiles into ArrayRecord; see `builder.prepare`.
 
   `split` names the fields for training and for testing, as '000,001:003'.
   """
   fields = _fields(split)
   layout = functools.partial(Layout, fields=fields)
-  return core.prepare(
+  return builder.prepare(
     Weedmap, layout, raw, data_dir, skip_bad=skip_bad, split=split
   )
 
@@ -144,7 +144,7 @@ class Layout:
   def _path(self, field, rest):
     path = f'{self.top}/{field}/{rest}'.removeprefix('/')
     if path not in self._there:
-      raise core.BadFileError(f'{path}: is missing')
+      raise download.BadFileError(f'{path}: is missing')
     return path
 
   def image(self, id_):
@@ -155,7 +155,7 @@ class Layout:
     for path, channel in zip(paths[1:], channels[1:], strict=True):
       if channel.shape != channels[0].shape:
         sizes = [f'{x.shape[1]}x{x.shape[0]}' for x in (channel, channels[0])]
-        raise core.BadFileError(
+        raise download.BadFileError(
           f'{path}: channel is {sizes[0]}, that of {paths[0]} {sizes[1]}'
         )
     return np.stack(channels, -1)
@@ -165,11 +165,11 @@ class Layout:
     field, stem = self._tile[id_]
     path = self._path(field, f'groundtruth/{field}_{stem}_GroundTruth_iMap.png')
     values = self._files.decode(path, 'I')  # 16 bit: not of 8
-    core.same_size(path, values, size)
+    download.same_size(path, values, size)
     found = np.unique(values).tolist()
     if not set(found) <= set(_LABELS):
       shown = ', '.join(str(x) for x in found if x not in _LABELS)
-      raise core.BadFileError(
+      raise download.BadFileError(
         f'{path}: has values {shown[:100]}; expected 0, 2 (weed), 10000 (crop)'
       )
     label = np.zeros(values.shape, np.uint8)

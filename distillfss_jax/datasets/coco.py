@@ -25,7 +25,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from distillfss_jax.data import core, masks
+from distillfss_jax.data import builder, core, download, masks, prepared
 
 SPLITS = ('2014', '2017')  # the same images, divided otherwise
 FOLDS = 4
@@ -54,7 +54,7 @@ def _colour(label):
   )
 
 
-class Coco(core.SegmentationBuilder):
+class Coco(builder.SegmentationBuilder):
   """80 kinds of everyday things, COCO."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -100,10 +100,10 @@ def load(data_dir='data', fold=None, rule='interleaved', void=True):
     FileNotFoundError: when it was not prepared.
   """
   if fold is None:
-    made = core.load_prepared(Coco, data_dir)
+    made = prepared.load_prepared(Coco, data_dir)
   else:
     kept = fold_labels(fold, rule)
-    made = core.load_prepared(
+    made = prepared.load_prepared(
       Coco, data_dir, lambda row: not set(kept).isdisjoint(row['present'])
     )
     made = core.select(made, kept)
@@ -139,12 +139,12 @@ def pool(
   if part == 'train':
     labels = sorted(set(range(1, len(_NAMES) + 1)).difference(labels))
   names = [_NAMES[i - 1] for i in labels]
-  source = getattr(core.load_prepared(Coco, data_dir), part)
+  source = getattr(prepared.load_prepared(Coco, data_dir), part)
   return core.pool(source, names, labels, min_area, exclusive=exclusive)
 
 
 def prepare(raw, data_dir, *, split='2014', skip_bad=False):
-  """Turns the download into ArrayRecord; see `core.prepare`.
+  """Turns the download into ArrayRecord; see `builder.prepare`.
 
   `split`: '2014', which COCO-20i is made of, or '2017', the same images with
   5000 for testing, in folders and files of that name.
@@ -155,7 +155,7 @@ def prepare(raw, data_dir, *, split='2014', skip_bad=False):
   def layout(files):
     return Layout(files, split)
 
-  return core.prepare(
+  return builder.prepare(
     Coco, layout, raw, data_dir, skip_bad=skip_bad, split=split
   )
 
@@ -269,12 +269,14 @@ class Layout:
     """The JPEG itself; one of a single channel becomes RGB when decoded."""
     row = self._rows[id_]
     if row.path not in self._there:
-      raise core.BadFileError(f'{row.path}: is missing, {row.source} has it')
+      raise download.BadFileError(
+        f'{row.path}: is missing, {row.source} has it'
+      )
     return self._files.read(row.path)
 
   def image(self, id_):
     """Reads the image of an id, uint8 [H, W, 3]."""
-    return core.decode(self.encoded(id_), self._rows[id_].path, 'RGB')
+    return download.decode(self.encoded(id_), self._rows[id_].path, 'RGB')
 
   def label(self, id_, size):
     """Reads or paints the labels of an id, uint8 [H, W] in 0..80 and 255.
@@ -286,10 +288,10 @@ class Layout:
     row = self._rows[id_]
     if row.size is None:
       label = _indices(self._files.read(row.source), row.source)
-      core.same_size(row.source, label, size)
+      download.same_size(row.source, label, size)
       return label
     if row.size != tuple(size):
-      raise core.BadFileError(
+      raise download.BadFileError(
         f'{row.path}: {row.source} says {row.size[1]}x{row.size[0]}, the image '
         f'is {size[1]}x{size[0]}'
       )
@@ -297,7 +299,7 @@ class Layout:
     for one in row.instances:
       where = f'{row.path}: annotation {one.id} of {row.source}'
       if one.category not in self._labels:
-        raise core.BadFileError(f'{where}: no category {one.category}')
+        raise download.BadFileError(f'{where}: no category {one.category}')
       made = self._decode(where, one.form, size)
       label[made & (label == 0)] = self._labels[one.category]
     return label
@@ -305,25 +307,29 @@ class Layout:
   def _decode(self, where, form, size):
     """One instance as bool [H, W]."""
     if not form:
-      raise core.BadFileError(f'{where} has no polygon')
+      raise download.BadFileError(f'{where} has no polygon')
     if isinstance(form, list):
       # Less has no inside, and may stand beside what has.
       form = [x for x in form if x.size >= 6] or form
     try:
       return self._painter.paint(form, size)
     except ValueError as error:
-      raise core.BadFileError(f'{where} cannot be decoded ({error})') from error
+      raise download.BadFileError(
+        f'{where} cannot be decoded ({error})'
+      ) from error
 
 
 def _indices(contents, name):
   """Decodes a PNG of labels, grey or with any palette, uint8 [H, W]."""
-  label = core.decode(contents, name, 'P')
+  label = download.decode(contents, name, 'P')
   mode = Image.open(io.BytesIO(contents)).mode
   if mode not in ('L', 'P'):
-    raise core.BadFileError(f'{name}: has no single channel of 8 bits ({mode})')
+    raise download.BadFileError(
+      f'{name}: has no single channel of 8 bits ({mode})'
+    )
   wrong = np.setdiff1d(label, (*range(len(_NAMES) + 1), 255))
   if wrong.size:
-    raise core.BadFileError(f'{name}: value {wrong[0]} is no label of COCO')
+    raise download.BadFileError(f'{name}: value {wrong[0]} is no label of COCO')
   return label
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from distillfss_jax import optim, parallel, params, systems, weights
+from distillfss_jax import optim, parallel, params, systems
+from distillfss_jax.pretrained import weights
 from distillfss_jax.types import TrainState
 
 

@@ -16,7 +16,7 @@ import re
 import numpy as np
 import tensorflow_datasets as tfds
 
-from distillfss_jax.data import core
+from distillfss_jax.data import builder, download, prepared
 
 SPLITS = ('published',)
 COUNTS = {'train': 2975, 'val': 500}  # that the owners publish
@@ -58,7 +58,7 @@ _LABELS[list(_CLASSES)] = np.arange(1, len(_CLASSES) + 1)
 _LABELS[list(_VOID)] = 255
 
 
-class Cityscapes(core.SegmentationBuilder):
+class Cityscapes(builder.SegmentationBuilder):
   """Streets of 50 cities with 19 classes and no background, Cityscapes."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -74,17 +74,17 @@ class Cityscapes(core.SegmentationBuilder):
 
 def load(data_dir='data'):
   """Loads the prepared dataset; FileNotFoundError when there is none."""
-  return core.load_prepared(Cityscapes, data_dir)
+  return prepared.load_prepared(Cityscapes, data_dir)
 
 
 def prepare(raw, data_dir, *, split='published', skip_bad=False):
-  """Turns the download into ArrayRecord; see `core.prepare`.
+  """Turns the download into ArrayRecord; see `builder.prepare`.
 
   The only `split` is the published one, of the folders.
   """
   if split not in SPLITS:
     raise ValueError(f'split {split!r} is not one of {SPLITS}')
-  return core.prepare(Cityscapes, Layout, raw, data_dir, skip_bad=skip_bad)
+  return builder.prepare(Cityscapes, Layout, raw, data_dir, skip_bad=skip_bad)
 
 
 class Layout:
@@ -160,10 +160,10 @@ class Layout:
     """Reads the raw ids of an id as labels, uint8 [H, W], 1..19 and 255."""
     path = self._path('gtFine', id_, 'gtFine_labelIds')
     raw = self._files.decode(path, 'L')
-    core.same_size(path, raw, size)
+    download.same_size(path, raw, size)
     label = _LABELS[raw]
     if not label.all():
-      raise core.BadFileError(
+      raise download.BadFileError(
         f'{path}: value {raw[label == 0][0]} is no raw id, those are 0..33 and '
         '255'
       )

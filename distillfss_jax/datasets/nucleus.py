@@ -15,14 +15,14 @@ import re
 import numpy as np
 import tensorflow_datasets as tfds
 
-from distillfss_jax.data import core
+from distillfss_jax.data import builder, core, download, prepared
 
 SPLITS = ('frozen', 'reference')
 _TOPS = ('stage1_train', 'Nucleus', '')  # where <id> folders may lie
 _FILE = re.compile(r'([^/.][^/]*)/(images|masks)/([^/.][^/]*\.\w+)')
 
 
-class Nucleus(core.SegmentationBuilder):
+class Nucleus(builder.SegmentationBuilder):
   """Nuclei in light and fluorescence microscopy, 2018 Data Science Bowl."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -48,19 +48,19 @@ def load(data_dir='data', split=None):
   Raises:
     FileNotFoundError: when it was not prepared.
   """
-  made = core.manifest(Nucleus, data_dir)
+  made = prepared.manifest(Nucleus, data_dir)
   if made is None:
-    raise FileNotFoundError(core.unprepared(Nucleus, data_dir))
+    raise FileNotFoundError(prepared.unprepared(Nucleus, data_dir))
   if split is None:
-    return core.load_prepared(Nucleus, data_dir)
+    return prepared.load_prepared(Nucleus, data_dir)
   rows = {row['id']: row for row in made['records']}
   # As in `prepare`, what was left out changes nothing for the others.
   parts = (
     [rows[i] for i in ids if i in rows]
     for ids in split_ids([*rows, *made['skipped']], split)
   )
-  place = core.folder(Nucleus, data_dir)
-  sources = core.divided(place, len(Nucleus.CLASSES), *parts)
+  place = prepared.folder(Nucleus, data_dir)
+  sources = prepared.divided(place, len(Nucleus.CLASSES), *parts)
   return core.Dataset(Nucleus.name, Nucleus.CLASSES, Nucleus.PALETTE, *sources)
 
 
@@ -74,7 +74,7 @@ def split_ids(ids, split):
   _known(split)
   ids = sorted(ids)
   if split == 'reference':
-    test = core.held_out(ids)
+    test = download.held_out(ids)
   else:
     frozen, there = frozen_split(), set(ids)
     test = [i for i in frozen['test'] if i in there]
@@ -101,14 +101,14 @@ def frozen_split():
 
 
 def prepare(raw, data_dir, *, split='frozen', skip_bad=False):
-  """Turns the download into ArrayRecord; see `core.prepare`.
+  """Turns the download into ArrayRecord; see `builder.prepare`.
 
   `split` says which images lie in the TFDS splits 'train' and 'test'; `load`
   can divide them anew.
   """
   _known(split)
   layout = functools.partial(Layout, split_name=split)
-  return core.prepare(
+  return builder.prepare(
     Nucleus, layout, raw, data_dir, skip_bad=skip_bad, split=split
   )
 
@@ -150,7 +150,9 @@ class Layout:
     """Reads the image of an id, uint8 [H, W, 3]."""
     images = self.files_of[id_]['images']
     if len(images) != 1:
-      raise core.BadFileError(f'{id_}: {len(images)} files in images/, not one')
+      raise download.BadFileError(
+        f'{id_}: {len(images)} files in images/, not one'
+      )
     return self._files.decode(images[0], 'RGB')
 
   def encoded(self, id_):
@@ -165,18 +167,18 @@ class Layout:
     """
     masks = self.files_of[id_]['masks']
     if not masks:
-      raise core.BadFileError(f'{id_}: no files in masks/')
+      raise download.BadFileError(f'{id_}: no files in masks/')
     label, problems = np.zeros(size, bool), []
     for name in masks:
       try:
         mask = self._files.decode(name, 'L')
-        core.same_size(name, mask, size)
-      except core.BadFileError as error:
+        download.same_size(name, mask, size)
+      except download.BadFileError as error:
         problems.append(str(error))
         continue
       label |= mask >= 128
     if problems:
-      raise core.BadFileError('; '.join(problems))
+      raise download.BadFileError('; '.join(problems))
     return label.astype(np.uint8)
 
 

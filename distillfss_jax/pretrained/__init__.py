@@ -1,0 +1,1 @@
+"""Weights of elsewhere: their files, their names, into our parameters."""

@@ -1,0 +1,1 @@
+"""A run's folder: checkpoints, lock, signals, logs, pictures, results."""
