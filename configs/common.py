@@ -6,23 +6,75 @@ import types
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
-  """A complete DistillFSS config, locked: an unknown key is an error."""
+def base() -> ConfigDict:
+  """What every run has, whatever it trains; not locked."""
   config = ConfigDict()
   config.name = 'common'
-  config.task = 'adaptation'  # to a support set | source: of episodes
+  config.task = 'adaptation'  # to a support set | source: of episodes | dense
   config.system = 'distillfss'  # a file of distillfss_jax/systems
-  config.student = 'full'  # full | light | attention
   config.seed = 0  # of initial values, dropout and drawn episodes
+
+  config.data = ConfigDict()
+  config.data.name = 'synthetic'  # a file of distillfss_jax/datasets
+  config.data.args = ConfigDict()  # for that file's load()
+  config.data.image_size = 384
+  config.data.workers = 0  # processes that decode images
+
+  config.model = ConfigDict()
+  config.model.name = 'dcama'  # a file of distillfss_jax/models
+  config.model.fields = ConfigDict()  # for its constructor
+  config.model.init = ''  # where its weights come from; see docs/weights.md
+  config.model.dont_load = ()  # regex: what of those files, or here, stays out
+  config.model.dtype = 'float32'  # | bfloat16
+  config.model.backbone = ConfigDict()
+  config.model.backbone.name = 'resnet50'  # of the tables in backbones/
+  config.model.backbone.fields = ConfigDict()  # for its constructor
+  config.model.backbone.init = ''  # weights of the backbone alone
+
+  # Durations are steps, '200', or '1.5 epochs'.
+  config.optim = ConfigDict()
+  config.optim.name = 'adamw'  # | sgd
+  config.optim.lr = 1e-3
+  config.optim.schedule = 'constant'  # | cosine | poly | stairs
+  config.optim.power = 0.9  # of poly
+  config.optim.stairs = ()  # of (duration, factor)
+  config.optim.warmup = '0'  # duration
+  config.optim.b1 = 0.9
+  config.optim.b2 = 0.999
+  config.optim.momentum = 0.9  # sgd's
+  config.optim.nesterov = True  # sgd's
+  config.optim.weight_decay = 0.01
+  config.optim.clip_norm = 0.0  # of all gradients together; 0 for none
+  config.optim.clip_value = 0.0  # of each entry; 0 for none
+  # Rows of (regex, factor of lr, weight decay or None, begin, end): see
+  # optim.build.
+  config.optim.groups = ()
+  config.optim.trainable = ('.*',)  # sets of the system, regex
+
+  config.steps = 1000
+  config.epochs = 0.0  # in place of steps, where it is not 0
+  config.micro_batch = 0  # items at once per device; 0 chooses
+  config.log_every = 10
+  config.checkpoint_every = 100
+
+  config.eval = ConfigDict()
+  config.eval.every = 0  # steps between tests on the way; 0 for none
+  config.eval.keep_best = False  # conclude with the best of these, not the last
+  config.eval.patience = 0  # such tests without a better one; 0 never stops
+  config.eval.batch_size = 4
+  config.eval.native = True  # also score at the images' own size
+  config.eval.untrained = False  # also score the initial model
+  config.eval.panels = 8  # test images to show
+  return config
+
+
+def get_config() -> ConfigDict:
+  """A complete DistillFSS config, locked: an unknown key is an error."""
+  config = base()
+  config.student = 'full'  # full | light | attention
   # frozen: the backbone stays in evaluation mode, and is run once per image.
   # reference: what the original's model.train() does to its frozen backbone.
   config.backbone_mode = 'frozen'
-
-  config.data = ConfigDict()
-  config.data.name = 'synthetic'  # a file of distillfss_jax/data
-  config.data.args = ConfigDict()  # for that file's load()
-  config.data.image_size = 384
-  config.data.workers = 0  # processes that decode test images
 
   config.support = ConfigDict()
   config.support.shots = 5
@@ -45,20 +97,13 @@ def get_config() -> ConfigDict:
   config.source.test_rule = 'pair'
   config.source.test_seed = 0
 
-  config.model = ConfigDict()
-  config.model.init = ''  # where its weights come from; see weights.py
-  config.model.dont_load = ()  # regex: what of those files, or here, stays out
-  config.model.backbone = ConfigDict()
-  config.model.backbone.name = 'resnet50'  # of the tables in backbones/
-  config.model.backbone.fields = ConfigDict()  # for its constructor
-  config.model.backbone.init = ''  # weights of the backbone alone
-  config.model.heads = 8
-  config.model.dropout = 0.5
-  config.model.positional = True
-  config.model.concat_support = False
-  config.model.voting = 0  # shots that answer together; 0 for all
-  config.model.mix_size = 0  # side of what enters the mixers; 0 for stride 4's
-  config.model.dtype = 'float32'  # | bfloat16
+  fields = config.model.fields
+  fields.heads = 8
+  fields.dropout = 0.5
+  fields.positional = True
+  fields.concat_support = False
+  fields.voting = 0  # shots that answer together; 0 for all
+  fields.mix_size = 0  # side of what enters the mixers; 0 for stride 4's
 
   config.loss = ConfigDict()
   config.loss.gamma = 2.0
@@ -70,32 +115,19 @@ def get_config() -> ConfigDict:
   config.loss.detach = False  # whether coarse maps only pull the student
   config.loss.scale = 'reference'  # sum over episodes / 3 | mean
 
-  config.optim = ConfigDict()
-  config.optim.name = 'adamw'  # | sgd, with Nesterov's momentum
-  config.optim.lr = 1e-3
-  config.optim.schedule = 'constant'  # | cosine, to 0 at the last step
-  config.optim.b1 = 0.9
-  config.optim.b2 = 0.999
-  config.optim.momentum = 0.9  # sgd's
-  config.optim.weight_decay = 0.01
-  config.optim.trainable = (
-    'D',
-    'student',
-  )  # sets A-D, student, backbone, regex
-
-  config.steps = 1000  # sweeps over all episodes
-  config.micro_batch = 0  # episodes at once per device; 0 chooses
-  config.log_every = 10
-  config.checkpoint_every = 100
-
-  config.eval = ConfigDict()
-  config.eval.every = 0  # steps between tests on the way; 0 for none
-  config.eval.batch_size = 4
-  config.eval.native = True  # also score at the images' own size
-  config.eval.untrained = False  # also score the initial model
+  config.optim.trainable = ('D', 'student')
   config.eval.brightness = False  # also score a brightness threshold
-  config.eval.panels = 8  # test images to show
   return config.lock()
+
+
+def dense(config: ConfigDict) -> ConfigDict:
+  """The same config with what task 'dense' reads."""
+  config.task = 'dense'
+  config.dense = ConfigDict()
+  config.dense.batch_size = 8  # images of a step, over all processes
+  config.dense.recipe = 'none'  # augmentation, see augment.py
+  config.dense.held_out = 0.0  # share of training images to choose checkpoints
+  return config
 
 
 ARGUMENTS = {
@@ -148,7 +180,7 @@ def benchmark(
   if arg.method == 'transfer':
     config.system = 'transferfss'
     config.steps = transfer_steps or steps
-    config.model.voting = 10
+    config.model.fields.voting = 10
     config.optim.trainable = ('D',)
   return config, arg
 

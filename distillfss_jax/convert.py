@@ -15,56 +15,72 @@ import sys
 import jax
 from absl import app, flags, logging
 from flax import nnx
+from ml_collections import ConfigDict
 
-from distillfss_jax import backbones, files, params
+from distillfss_jax import backbones, files, models, params
 from distillfss_jax.models import dcama, distilled
 from distillfss_jax.pretrained import archive, hub, weights
 from distillfss_jax.workdir import checkpoint
 
-MODELS = ('dcama', 'backbone')
+
+def names() -> tuple[str, ...]:
+  """What can be converted: the models, and 'backbone', of any of them."""
+  return ('backbone', *models.names())
 
 
-def build(model: str, backbone: str, image_size: int, **fields) -> nnx.Module:
-  """A model without numbers, under the paths that systems give it.
+def build(
+  model: str, backbone: str, image_size: int, **fields
+) -> tuple[weights.Part, ...]:
+  """A model without numbers, as the parts that a system has.
 
   Args:
-    model: of `MODELS`.
+    model: of `names`.
     backbone: a name of the tables in backbones/.
     image_size: the images' height and width, in pixels.
-    **fields: 'backbone_fields', 'concat_support', 'heads', 'positional',
-      'student' ('' for none) and 'ways', all with defaults.
+    **fields: 'fields' and 'backbone_fields' of the constructors, 'student' (''
+      for none) and 'ways', all with defaults.
 
   Raises:
     ValueError: a name does not exist, or fields do not fit.
   """
-  if model not in MODELS:
-    raise ValueError(f'no model {model!r}; there are: {", ".join(MODELS)}')
+  if model not in names():
+    raise ValueError(f'no model {model!r}; there are: {", ".join(names())}')
 
   def make():
     rngs = nnx.Rngs(0)
-    encoder = backbones.build(
-      backbone,
-      image_size=image_size,
-      rngs=rngs,
-      **fields.get('backbone_fields', {}),
-    )
     if model == 'backbone':
-      return nnx.Dict(teacher=nnx.Dict(backbone=encoder))
-    teacher = dcama.DCAMA(
-      encoder,
-      heads=fields.get('heads', 8),
-      positional=fields.get('positional', True),
-      concat_support=fields.get('concat_support', False),
-      rngs=rngs,
+      return backbones.build(
+        backbone,
+        image_size=image_size,
+        rngs=rngs,
+        **fields.get('backbone_fields', {}),
+      ), None
+    config = ConfigDict(
+      {
+        'name': model,
+        'fields': fields.get('fields', {}),
+        'dtype': 'float32',
+        'backbone': {
+          'name': backbone,
+          'fields': fields.get('backbone_fields', {}),
+        },
+      }
     )
+    teacher = models.build(config, image_size, rngs)
     if not fields.get('student'):
-      return nnx.Dict(teacher=teacher)
-    student = distilled.variants[fields['student']](
-      fields.get('ways', 1), encoder.channels, rngs=rngs
-    )
-    return nnx.Dict(teacher=teacher, student=student)
+      return teacher, None
+    kind, ways = fields['student'], fields.get('ways', 1)
+    return teacher, distilled.build(kind, ways, teacher, rngs)
 
-  return nnx.eval_shape(make)
+  made, student = nnx.eval_shape(make)
+  if model == 'backbone':
+    return (weights.Part('teacher/backbone/', made),)
+  if student is None:
+    return (weights.Part('teacher/', made),)
+  return (
+    weights.Part('teacher/', made, 'teacher.'),
+    weights.Part('student/', student, 'student.'),
+  )
 
 
 def to_ours(
@@ -109,14 +125,12 @@ def to_ours(
     )
   tensors = weights.read_file(source)
   fields = _fields(tensors) if model == 'dcama' else {}
-  system = build(model, backbone, image_size, **fields)
-  arrays = weights.from_tensors(
-    tensors, system, alone=model == 'backbone', leave=dont_load
-  )
-  shapes = params.flatten(system)
-  absent = shapes.keys() - arrays.keys()
+  parts = build(model, backbone, image_size, **fields)
+  arrays = weights.from_tensors(tensors, parts, leave=dont_load)
+  wanted = _abstract(parts)
+  absent = wanted.keys() - arrays.keys()
   arrays = params.merge(
-    {path: x for path, x in shapes.items() if path not in absent}, arrays
+    {path: x for path, x in wanted.items() if path not in absent}, arrays
   )
   described = {
     'converted': {'source': str(source), 'sha256': hub.sha256(file)},
@@ -125,7 +139,7 @@ def to_ours(
     'model': {
       'name': model,
       'backbone': {'name': backbone, 'fields': {}},
-      'concat_support': fields.get('concat_support', False),
+      'fields': fields.get('fields', {}),
     },
   }
   saver = checkpoint.Checkpointer(out / 'checkpoints')
@@ -154,28 +168,36 @@ def to_torch(folder: pathlib.Path, out: pathlib.Path) -> int:
   arrays = weights.from_folder(folder)
   model = described['model']
   students = [x for path, x in arrays.items() if path.startswith('student/')]
-  fields = {
-    'backbone_fields': model['backbone'].get('fields', {}),
-    **{
-      name: model[name]
-      for name in ('heads', 'positional', 'concat_support')
-      if name in model
-    },
-    'student': described['student'] if students else '',
-    'ways': len(students[0]) if students else 1,
-  }
-  name, alone = model['backbone']['name'], model.get('name') == 'backbone'
-  system = build(
-    'backbone' if alone else 'dcama',
+  name = model.get('name', 'dcama')
+  parts = build(
     name,
+    model['backbone']['name'],
     described['data']['image_size'],
-    **fields,
+    fields=_constructor(model),
+    backbone_fields=model['backbone'].get('fields', {}),
+    student=described.get('student', '') if students else '',
+    ways=len(students[0]) if students else 1,
   )
-  shapes = params.flatten(system)
-  arrays = params.merge(shapes, arrays)
-  tensors = weights.to_tensors(arrays, system, alone=alone)
+  arrays = params.merge(_abstract(parts), arrays)
+  tensors = weights.to_tensors(arrays, parts)
   archive.write(out, tensors)
   return len(tensors)
+
+
+def _constructor(model):
+  """The fields of a described model; an older version had them beside."""
+  older = ('heads', 'positional', 'concat_support')
+  found = {name: model[name] for name in older if name in model}
+  return found | dict(model.get('fields', {}))
+
+
+def _abstract(parts):
+  """{path: abstract array} of all parts."""
+  return {
+    f'{part.path}{path}': x
+    for part in parts
+    for path, x in params.flatten(part.module).items()
+  }
 
 
 def _fields(tensors):
@@ -198,7 +220,7 @@ def _fields(tensors):
     if name.endswith('linears.0.bias') and len(shape) == 1
   ]
   concat = bool(mixers and skips) and mixers[0] > 2 * min(skips) + dcama.WIDTH
-  fields = {'concat_support': concat}
+  fields = {'fields': {'concat_support': concat}}
   if students:
     fields |= {'student': 'full', 'ways': len(students)}
   return fields
@@ -234,7 +256,8 @@ def main(argv):
   except (ValueError, TypeError, OSError) as error:
     logging.debug('where it failed', exc_info=True)
     sys.exit(f'error: {error}')
-  key = 'init' if described['model']['name'] == 'dcama' else 'backbone.init'
+  alone = described['model']['name'] == 'backbone'
+  key = 'backbone.init' if alone else 'init'
   print(f'{out} is written; use it by --config.model.{key}={out}')
 
 
@@ -248,7 +271,7 @@ def parse(argv):
 
 def define_flags():
   """Defines the flags; not on import, other programs have their own."""
-  flags.DEFINE_enum('model', None, MODELS, 'What it is; by default dcama.')
+  flags.DEFINE_enum('model', None, names(), 'What it is; by default dcama.')
   flags.DEFINE_string('backbone', None, 'A name of the tables in backbones/.')
   flags.DEFINE_integer('image_size', 384, 'Height and width of the images.')
   flags.DEFINE_string('out', None, 'The folder to write.')

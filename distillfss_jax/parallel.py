@@ -11,7 +11,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXIS = 'data'
+from distillfss_jax.types import AXIS
+
 START = 300  # seconds in which processes have to find each other
 SILENCE = 40  # after which one that says nothing is taken for dead
 
@@ -124,48 +125,67 @@ def mesh(*, local: bool = False) -> Mesh:
 
 
 def mapped(
-  fn: Callable, over: Mesh, *, donate: tuple[int, ...] = ()
+  fn: Callable,
+  mesh: Mesh,
+  *,
+  cut: dict[int, int] | None = None,
+  donate: tuple[int, ...] = (),
 ) -> Callable:
   """Compiles a per-device program: what `jax.pmap` is now, written out.
 
-  Every device gets all arguments whole, takes its share by its index along
-  `AXIS`, and returns what all devices agree on. `jax.pmap` itself is in
-  maintenance mode and is this form. Gradients are those of the device's own
-  share, for the program to sum: with `check_vma` on, differentiating a
-  replicated input sums them already, and summing again multiplies them by the
-  number of devices.
+  Every device gets its part of the arguments in `cut` and all others whole,
+  and returns what all devices agree on. `jax.pmap` itself is in maintenance
+  mode and is this form. Gradients are those of the device's own part, for the
+  program to sum: with `check_vma` on, differentiating a replicated input sums
+  them already, and summing again multiplies them by the number of devices.
 
   Args:
     fn: of positional arguments.
-    over: the mesh.
+    mesh: the devices.
+    cut: {argument: axis of its arrays that the devices share}.
     donate: arguments whose memory may be reused.
   """
-  whole = PartitionSpec()
-  program = jax.shard_map(
-    fn, mesh=over, in_specs=whole, out_specs=whole, check_vma=False
-  )
-  return jax.jit(program, donate_argnums=donate)
+  whole, cut = PartitionSpec(), cut or {}
+
+  def run(*args):
+    specs = tuple(
+      PartitionSpec(*(None,) * cut[i], AXIS) if i in cut else whole
+      for i in range(len(args))
+    )
+    return jax.shard_map(
+      fn, mesh=mesh, in_specs=specs, out_specs=whole, check_vma=False
+    )(*args)
+
+  return jax.jit(run, donate_argnums=donate)
 
 
-def replicate(tree: Any, over: Mesh) -> Any:
+def replicate(tree: Any, mesh: Mesh) -> Any:
   """Puts host values, the same in every process, whole on every device."""
-  return jax.device_put(tree, NamedSharding(over, PartitionSpec()))
+  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def share(tree: Any, over: Mesh) -> Any:
+def share(tree: Any, mesh: Mesh) -> Any:
   """Cuts the leading axis of host arrays over the devices of this process."""
-  return jax.device_put(tree, NamedSharding(over, PartitionSpec(AXIS)))
+  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(AXIS)))
 
 
-def share_steps(tree: Any, over: Mesh) -> Any:
+def share_steps(tree: Any, mesh: Mesh, *, own: bool) -> Any:
   """Cuts the second axis of host arrays over all devices of all processes.
 
-  Each process gives its own part of that axis.
+  Args:
+    tree: of host arrays [t, b, ...].
+    mesh: the devices.
+    own: whether each process gives its own part of that axis; else all give
+      the whole, and each device takes its part.
   """
-  place = NamedSharding(over, PartitionSpec(None, AXIS))
-  return jax.tree.map(
-    lambda x: jax.make_array_from_process_local_data(place, x), tree
-  )
+  place = NamedSharding(mesh, PartitionSpec(None, AXIS))
+
+  def put(x):
+    if own:
+      return jax.make_array_from_process_local_data(place, x)
+    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+  return jax.tree.map(put, tree)
 
 
 def local(tree: Any) -> Any:

@@ -223,6 +223,14 @@ def from_torch(
   return {path: found[path] for path in shapes}
 
 
+def prefixed(rules: Rules, theirs: str, ours: str) -> Rules:
+  """The rules of a module within another: torch prefix and path prefix."""
+  return tuple(
+    (re.escape(theirs) + name, path and ours + path, kind)
+    for name, path, kind in rules
+  )
+
+
 def _left_over(strange, shapes, rules):
   """Lines on torch tensors that no rule claims, with the nearest known."""
   if not strange:

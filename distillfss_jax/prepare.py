@@ -5,7 +5,6 @@ python -m distillfss_jax.prepare --dataset nucleus --show
 """
 
 import collections
-import dataclasses
 import inspect
 import pathlib
 import sys
@@ -77,9 +76,7 @@ def show(dataset, data_dir, **options):
     source = getattr(made, split)
     count = min(_SHOWN, len(source))
     chosen = np.linspace(0, len(source) - 1, count).round().astype(int)
-    images = pipeline.load_support(
-      dataclasses.replace(made, train=source), chosen, _SIZE
-    )
+    images = pipeline.load_images(source, chosen, _SIZE)
     rows.append(
       pictures.support_panel(
         images.images,

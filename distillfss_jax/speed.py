@@ -28,10 +28,19 @@ from flax import nnx
 from jax.interpreters import partial_eval
 from ml_collections import config_flags
 
-from distillfss_jax import files, parallel, params, systems, train, train_step
+from distillfss_jax import (
+  feeding,
+  files,
+  parallel,
+  params,
+  systems,
+  train,
+  train_step,
+)
+from distillfss_jax.data import pipeline
 from distillfss_jax.models import distilled
 from distillfss_jax.tasks import adaptation
-from distillfss_jax.types import Support, TrainState
+from distillfss_jax.types import Support, Table, TrainState
 from distillfss_jax.workdir import results
 
 WHAT = ('backbone', 'teacher', 'student', 'train')
@@ -194,7 +203,7 @@ class _Bench:
     self._measure('backbone', jax.jit(encode), inputs, counted, len(images))
 
   def teacher(self, shots):
-    compiled, variables, counted = self._build(self._variant('transferfss'))
+    program, variables, counted = self._build(self._variant('transferfss'))
     for s in shots:
       images = self._images(1, s)
       masks = self.random.random((*images.shape[:4], self.ways)) < 0.5
@@ -204,42 +213,46 @@ class _Bench:
         jnp.ones((1, s, self.ways), bool),
       )
       inputs, case = (variables, support), ('memorize', s)
-      memory, read = self._measure(case, compiled.memorize, inputs, counted, s)
+      memory, read = self._measure(case, program.memorize, inputs, counted, s)
       images, case = self._images(self.batch_size), ('teacher', s)
       inputs, items = (variables, memory, images, ('teacher',)), len(images)
-      self._measure(
-        case, compiled.predict, inputs, counted, items, memory, read
-      )
+      self._measure(case, program.predict, inputs, counted, items, memory, read)
       del inputs, memory  # before there are two
 
   def student(self, student):
     config = self._variant('distillfss', student)
-    compiled, variables, counted = self._build(config)
+    program, variables, counted = self._build(config)
     images = self._images(self.batch_size)
     inputs = variables, None, images, ('student',)
     name = f'student {student}'
-    self._measure(name, compiled.predict, inputs, counted, len(images))
+    self._measure(name, program.predict, inputs, counted, len(images))
 
   def train(self, system, student=''):
     """A sweep: all episodes forward and backward, and an optimiser step."""
-    config, over = self._variant(system, student), parallel.mesh()
-    compiled, variables, _ = self._build(config)
+    config, mesh = self._variant(system, student), parallel.mesh()
+    program, variables, _ = self._build(config)
     images = self._images(config.support.shots)
     labels = self.random.integers(0, self.ways + 1, images.shape[:3])
-    bank = compiled.bank(variables, images, labels)
-    state = compiled.start(variables)
-    rows, valid = adaptation.episode_tables(config, np.asarray(bank.present))(0)
-    more = -len(rows) % compiled.episodes
+    bank = program.shared(variables, images, labels)
+    state = program.start(variables)
+    tables = adaptation.episode_tables(config, np.asarray(bank.present))
+    feed = feeding.Feed(
+      iter(pipeline.step_tables(tables, steps=1)),
+      lambda x: (Table(x['table']), x['valid']),
+      rows=program.rows,
+      mesh=mesh,
+      own=False,
+      most=1,
+    )
     inputs = (
-      parallel.replicate(state, over),
-      parallel.replicate(bank, over),
-      np.pad(rows, ((0, more), (0, 0)))[None],
-      np.pad(valid, (0, more))[None],
+      parallel.replicate(state, mesh),
+      parallel.replicate(bank, mesh),
+      *feed.take(1),
       np.int32(1),
     )
     case = f'train {system} {student}'.strip(), len(images)
     moved = {f'params/{path}' for path in state.params}
-    self._measure(case, compiled.dispatch, inputs, moved, 1, bank)
+    self._measure(case, program.dispatch, inputs, moved, 1, bank)
 
   def results(self):
     """Everything so far."""
@@ -351,17 +364,18 @@ class _Bench:
     trained = [name for name in config.optim.trainable if 'student' not in name]
     if student:
       config.student = student
-      config.model.voting, config.model.concat_support = 0, False
+      config.model.fields.voting = 0
+      config.model.fields.concat_support = False
       trained.append('student')
     config.optim.trainable = tuple(trained)
     return config
 
   def _build(self, config):
     """A config's program, its variables, and the paths of its parameters."""
-    compiled = train_step.build(config, self.ways, parallel.mesh())
-    variables = compiled.draw()
-    rest = jax.eval_shape(compiled.start, variables).rest
-    return compiled, variables, variables.keys() - rest.keys()
+    program = train_step.build(config, self.ways, parallel.mesh())
+    variables = program.draw()
+    buffers = jax.eval_shape(program.start, variables).buffers
+    return program, variables, variables.keys() - buffers.keys()
 
   def _images(self, *lead):
     shape = (*lead, *(self.config.data.image_size,) * 2, 3)

@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import sys
 import time
 
@@ -20,18 +21,29 @@ import jax
 import numpy as np
 from absl import logging
 
-from distillfss_jax import files, optim, parallel, params, tasks, train_step
+from distillfss_jax import (
+  feeding,
+  files,
+  parallel,
+  params,
+  tasks,
+  train_step,
+)
+from distillfss_jax.evaluators.base import COLUMNS
 from distillfss_jax.ops.metrics import Confusion
+from distillfss_jax.tasks.base import Place, Task
 from distillfss_jax.workdir import (
   checkpoint,
   locking,
   pictures,
-  results,
   signals,
   writer,
 )
+from distillfss_jax.workdir import results as results_lib
 
 PATIENCE = 10.0  # seconds a dispatch may take before the terminal hears of it
+# Names in checkpoints of older versions, and today's.
+RENAMED = {'rest/': 'buffers/'}
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
@@ -57,35 +69,60 @@ def _run(config, workdir, stop):
   begin = time.monotonic()
   results = workdir / 'results.json'
   _check_same(config, workdir)
-  if _on_first(results.exists()):
+  finished = _on_first(results.exists())
+  try:
+    data, task = tasks.load(config)
+    _check_data(data, workdir)
+  except (ValueError, OSError) as error:
+    if not finished or isinstance(error, _OtherDataError):
+      raise
+    # Its scores stand, whether or not its data are still there.
+  if finished:
     logging.info('%s is finished: %s holds its scores', workdir, results)
     # Other processes may not see it yet, and nobody asks them.
     first = jax.process_index() == 0
     return json.loads(results.read_text()) if first else {}
-  task = tasks.build(config)
-  over = parallel.mesh()
-  compiled = train_step.build(config, task.ways, over, streaming=task.streaming)
-  initial = compiled.draw()
+  steps = total_steps(config, data.per_epoch)
+  mesh = parallel.mesh()
+  program = train_step.build(
+    config, data.ways, mesh, steps=steps, per_epoch=data.per_epoch
+  )
+  if program.takes is not task.gives:
+    raise ValueError(
+      f'config.system={config.system!r} learns from a {program.takes.__name__},'
+      f' and config.task={config.task!r} gives a {task.gives.__name__}: they '
+      'do not belong together'
+    )
+  initial = program.draw()
   # What is wrong with files of weights is said before there is a folder; a run
   # that goes on has no need of them.
   fresh = _on_first(not (workdir / 'checkpoints').exists())
   if fresh:
-    initial = compiled.load(initial)
+    initial = program.load(initial)
   with contextlib.ExitStack() as last:
     lock = last.enter_context(_claimed(config, workdir))
-    logging.info('parameters:\n%s', _overview(initial, compiled, config))
+    logging.info('parameters:\n%s', _overview(initial, program, config))
     saver = checkpoint.Checkpointer(workdir / 'checkpoints')
     last.callback(saver.close)
-    found = saver.restore(jax.eval_shape(compiled.start, initial))
+    found = saver.restore(jax.eval_shape(program.start, initial))
     if not (found or fresh):
-      initial = compiled.load(initial)
+      initial = program.load(initial)
     out = writer.create(workdir, resume_step=found.step if found else -1)
     last.callback(out.close)
     if not found:
       out.write_hparams(hparams(config))
-    task.connect(compiled, over, workdir, out)
-    job = _Job(config, workdir, task, over, compiled, saver, out, stop, lock)
+    place = Place(program, mesh, workdir, out)
+    job = _Job(
+      config, steps, task(config, data, place, steps), place, saver, stop, lock
+    )
     return job.run(initial, found, begin)
+
+
+def total_steps(config, per_epoch: float) -> int:
+  """Steps of a whole run: `config.epochs`, if it is set, or `config.steps`."""
+  if config.epochs:
+    return max(1, round(config.epochs * per_epoch))
+  return config.steps
 
 
 def _on_first(value):
@@ -111,32 +148,39 @@ class _Job:
   """A run under way: what its parts share."""
 
   config: object
-  workdir: pathlib.Path
-  task: object
-  over: jax.sharding.Mesh
-  compiled: train_step.Program
+  steps: int
+  task: Task
+  place: Place
   saver: checkpoint.Checkpointer
-  out: object
   stop: signals.Stop
   lock: locking.Lock | None  # process 0's
+
+  @property
+  def out(self):
+    return self.place.out
+
+  @property
+  def workdir(self):
+    return self.place.workdir
 
   def run(self, initial, found, begin):
     config, task = self.config, self.task
     if jax.process_index() == 0:
       files.write_atomically(
-        self.workdir / 'ids.json', json.dumps(task.ids(), indent=2) + '\n'
+        self.workdir / 'ids.json', json.dumps(task.data.ids(), indent=2) + '\n'
       )
       task.show_begin()
-    state = self.compiled.start(initial)
+    state = self.place.program.start(initial)
     extra = {'references': {}, 'seconds': {}}
     if found:
       state, extra = found.state, found.extra
       logging.info('goes on from step %d', found.step)
     else:
       extra['references'] = task.references(state)
-    state = parallel.replicate(state, self.over)
+    state = parallel.replicate(state, self.place.mesh)
     clock = {'start': time.monotonic() - begin}
     state = self._loop(state, found, extra, clock)
+    state = self._chosen(state, extra)
     begin_test = time.monotonic()
     scored = task.test(state, show=task.to_show())
     clock['test'] = time.monotonic() - begin_test
@@ -146,8 +190,12 @@ class _Job:
     }
     results = {
       'name': config.name,
-      'steps': config.steps,
-      **scored.scores(task.classes),
+      'steps': self.steps,
+      **scored.scores,
+      'evaluations': {
+        x.name: {'size': x.size, 'says': x.says, 'columns': dict(x.columns)}
+        for x in scored.protocols
+      },
       'references': extra['references'],
       'test_images': scored.images,
       'test_images_per_second': scored.images / scored.seconds,
@@ -155,6 +203,8 @@ class _Job:
       'versions': _versions(),
       'device': jax.devices()[0].device_kind,
     }
+    if 'best' in extra:
+      results['checkpoint'] = extra['best']
     if self.lock:
       self.lock.check()
     self._conclude(results, scored)
@@ -162,17 +212,29 @@ class _Job:
 
   def _loop(self, state, found, extra, clock):
     """The loop: dispatches of steps, between them whatever is due."""
-    config = self.config
-    iterator = iter(self.task.steps())
+    config, task = self.config, self.task
+    iterator = iter(task.batches())
     if found:
       iterator.set_state(found.data_state)
     step = int(state.step)
-    if step >= config.steps:
+    if step >= self.steps or extra.get('stopped_early'):
       return state
-    self.task.begin(state)
+    feed = feeding.Feed(
+      iterator,
+      task.as_batch,
+      rows=self.place.program.rows,
+      mesh=self.place.mesh,
+      own=task.own,
+      most=min(config.log_every, self.steps),
+    )
+    with contextlib.closing(feed):
+      return self._steps(state, step, feed, extra, clock)
+
+  def _steps(self, state, step, feed, extra, clock):
+    config = self.config
+    shared = self.task.shared(state)
     progress = None
     begin = time.monotonic()
-    per_dispatch = min(config.log_every, config.steps)
     pace, logs = None, _unpack(extra.pop('pending', None))
 
     def save():
@@ -182,33 +244,30 @@ class _Job:
         'adapt': time.monotonic() - begin + extra['seconds'].get('adapt', 0),
       }
       kept = {**extra, 'seconds': seconds, 'pending': _pack(logs)}
-      self.saver.save(step, state, iterator, kept)
-
-    def test():
-      self._write_scores(step, self.task.test(state))
-      extra['tested'] = step
+      self.saver.save(step, state, feed, kept)
 
     if step and self._tests_at(step) and extra.get('tested') != step:
-      test()  # the run was stopped before it could
-    while step < config.steps:
+      self._validate(step, state, extra)  # it was stopped before it could
+    while step < self.steps and not extra.get('stopped_early'):
       with self.stop.deferred():
-        count = self._count(step, pace, per_dispatch)
-        taken = [next(iterator) for _ in range(count)]
+        count = self._count(step, pace, feed.per_dispatch)
+        batches, places = feed.take(count)
         begin_step = time.monotonic()
-        inputs = self.task.arguments(taken, per_dispatch)
-        state, log = self.compiled.dispatch(state, *inputs, count)
+        state, log = self.place.program.dispatch(
+          state, shared, batches, places, count
+        )
         log = jax.device_get(parallel.local(log))
         elapsed = time.monotonic() - begin_step
+        log = jax.tree.map(lambda x, count=count: x[:count].astype(float), log)
+        self._check_finite(step, log)
         step += count
-        logs.append(
-          jax.tree.map(lambda x, count=count: x[:count].astype(float), log)
-        )
+        logs.append(log)
         if progress is None:
           logging.info('the first step, with compilation: %.1f s', elapsed)
-          progress = writer.Progress(config.steps, start=step)
+          progress = writer.Progress(self.steps, start=step)
           elapsed = None
         speed = progress.update(step, {'loss': logs[-1]['loss'][-1]})
-        if step % config.log_every == 0 or step == config.steps:
+        if step % config.log_every == 0 or step == self.steps:
           self._log(step, logs, speed)
           logs = []
         pace, wanted = self._agree(elapsed and elapsed / count)
@@ -220,18 +279,76 @@ class _Job:
         if (
           step % config.checkpoint_every == 0
           or self._tests_at(step)
-          or step == config.steps
+          or step == self.steps
         ):
           save()
         if self._tests_at(step):
           self._stop_if_asked(pace)  # there may not be the time for a test
       if self._tests_at(step):
-        test()
+        self._validate(step, state, extra)
     with self.stop.deferred():
       self.saver.wait()
       self._stop_if_asked(pace)
     clock['adapt'] = time.monotonic() - begin
     return state
+
+  def _check_finite(self, step, log):
+    """Raises ValueError at a loss that is no number; nothing is saved of it."""
+    wrong = np.flatnonzero(~np.isfinite(log['loss']))
+    if wrong.size:
+      raise ValueError(
+        f'the loss is {log["loss"][wrong[0]]} at step {step + wrong[0] + 1}: '
+        'the run stops, its newest checkpoint before that stays. Try a '
+        f'smaller config.optim.lr (it is {self.config.optim.lr:g}), '
+        'config.optim.clip_norm=1, config.optim.warmup, or pretrained weights '
+        '(config.model.backbone.init); give another --workdir'
+      )
+
+  def _validate(self, step, state, extra):
+    """Scores the system on the way; keeps the best state if that is asked."""
+    scored = self.task.validate(state)
+    self._write_scores(step, scored)
+    extra['tested'] = step
+    if not self.config.eval.keep_best:
+      return
+    protocol, role, numbers = scored.rows()[0]
+    column = next(iter(protocol.columns))
+    score, best = numbers[column], extra.get('best')
+    if score is not None and (best is None or score > best['score']):
+      extra['best'] = {
+        'step': step,
+        'chosen_on': protocol.name,
+        'by': f'{role} {column}',
+        'score': float(score),
+      }
+      # A run that fell back to an older checkpoint may have left a later one.
+      if jax.process_index() == 0:
+        shutil.rmtree(self.workdir / 'best', ignore_errors=True)
+      parallel.gather(0)  # all see it gone
+      with contextlib.closing(self._best()) as saver:
+        saver.save(step, state)
+        saver.wait()
+    patience = self.config.eval.patience
+    best = extra.get('best')
+    if patience and best:
+      since = (step - best['step']) // self.config.eval.every
+      extra['stopped_early'] = since >= patience
+
+  def _best(self):
+    return checkpoint.Checkpointer(self.workdir / 'best', keep=1)
+
+  def _chosen(self, state, extra):
+    """The state to conclude with: the best if that was kept, else the last."""
+    if 'best' not in extra:
+      return state
+    with contextlib.closing(self._best()) as saver:
+      found = saver.restore(jax.tree.map(_abstract, state))
+    if found is None or found.step != extra['best']['step']:
+      raise ValueError(
+        f'{self.workdir / "best"} does not hold the checkpoint of step '
+        f'{extra["best"]["step"]} that was chosen: give another --workdir'
+      )
+    return parallel.replicate(found.state, self.place.mesh)
 
   def _stop_if_asked(self, pace):
     """Stops where all is saved, if a signal has come to any process."""
@@ -242,7 +359,7 @@ class _Job:
 
   def _tests_at(self, step):
     every = self.config.eval.every
-    return every and step % every == 0 and step < self.config.steps
+    return every and step % every == 0 and step < self.steps
 
   def _count(self, step, pace, most):
     """How many steps the next dispatch takes."""
@@ -252,7 +369,7 @@ class _Job:
     for every in (config.log_every, config.checkpoint_every, config.eval.every):
       if every:
         count = min(count, every - step % every)
-    return min(count, most, config.steps - step)
+    return min(count, most, self.steps - step)
 
   def _agree(self, pace):
     """Seconds per step, and the signal to stop by, the same everywhere."""
@@ -266,29 +383,30 @@ class _Job:
     scalars = {'train/loss': logs['loss'].mean()}
     for name, values in logs['parts'].items():
       scalars[f'train/loss_{name}'] = values.mean()
-    for role, counts in logs['confusion'].items():
-      confusion = Confusion(counts.astype(np.int64).sum(0))
-      scalars[f'support_miou/{role}'] = confusion.miou
+    for name, counts in logs['counts'].items():
+      scalars[name] = Confusion(counts.astype(np.int64).sum(0)).miou
     scalars['train/grad_norm'] = logs['grad_norm'].mean()
-    rate = optim.schedule(self.config.optim, self.config.steps)
-    scalars['train/learning_rate'] = rate(step - 1)
+    scalars['train/learning_rate'] = self.place.program.rate(step - 1)
     scalars['steps_per_second'] = speed
-    self.out.write_scalars(step, {k: float(v) for k, v in scalars.items()})
+    self._write_scalars(step, scalars)
 
   def _write_scores(self, step, scored):
-    for size, roles in scored.scores(self.task.classes).items():
-      for role, scores in roles.items():
-        self.out.write_scalars(
-          step,
-          {
-            f'{size}/{role}_{name}': scores[name]
-            for name in ('miou', 'fb_iou', 'f1', 'precision', 'recall')
-          },
-        )
+    for protocol, role, numbers in scored.rows():
+      self._write_scalars(
+        step,
+        {
+          f'{protocol.name}/{role}_{name}': numbers.get(name)
+          for name in protocol.columns
+        },
+      )
+
+  def _write_scalars(self, step, scalars):
+    known = {k: float(v) for k, v in scalars.items() if v is not None}
+    self.out.write_scalars(step, known)
 
   def _conclude(self, results, scored):
     """Writes pictures, curves and, last, the results: the run is finished."""
-    self._write_scores(self.config.steps, scored)
+    self._write_scores(self.steps, scored)
     if jax.process_index():
       return
     self.task.show_end(scored)
@@ -296,10 +414,14 @@ class _Job:
     pictures.curves(
       self.workdir / 'metrics.jsonl', self.workdir / 'panels' / 'curves.png'
     )
-    results.write_results(self.workdir, results)
+    results_lib.write_results(self.workdir, results)
     logging.info(
       'scores on %d test images:\n%s', scored.images, score_table(results)
     )
+
+
+def _abstract(x):
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _pack(logs):
@@ -318,23 +440,40 @@ def _unpack(pending):
 
 def score_table(results: dict) -> str:
   """The scores of a finished run, for the terminal."""
-  rows = []
-  for size in ('test', 'test_native'):
-    for role, scores in results.get(size, {}).items():
-      rows.append((role, 'model' if size == 'test' else 'native', scores))
-  references = results['references']
-  for role, scores in references.get('untrained', {}).items():
-    rows.append((f'untrained {role}', 'model', scores))
+  evaluations = results.get('evaluations') or _EVALUATIONS
+  references, first = results['references'], next(iter(evaluations))
+  columns = {}
+  for protocol in evaluations.values():
+    columns |= protocol['columns']
+  rows = [
+    (role, name, numbers)
+    for name in evaluations
+    for role, numbers in results.get(name, {}).items()
+  ]
+  rows += [
+    (f'untrained {role}', first, numbers)
+    for role, numbers in references.get('untrained', {}).items()
+  ]
   if 'brightness' in references:
-    rows.append(('brightness threshold', 'model', references['brightness']))
-  names = ('miou', 'fb_iou', 'f1', 'precision', 'recall')
-  return results.table(
+    rows.append(('brightness threshold', first, references['brightness']))
+  table = results_lib.table(
     [
-      (who, size, *(scores[name] for name in names))
-      for who, size, scores in rows
+      (who, where, *(numbers.get(name) for name in columns))
+      for who, where, numbers in rows
     ],
-    ('', 'size', 'mIoU', 'FB-IoU', 'F1', 'precision', 'recall'),
+    ('', 'scored', *columns.values()),
   )
+  said = [
+    f'{name}: {x["says"]}' for name, x in evaluations.items() if x['says']
+  ]
+  return '\n'.join([table, *said])
+
+
+# Of results that an older version wrote.
+_EVALUATIONS = {
+  'test': {'columns': COLUMNS, 'says': ''},
+  'test_native': {'columns': COLUMNS, 'says': ''},
+}
 
 
 def _text(config):
@@ -352,6 +491,26 @@ def _check_same(config, workdir):
     raise ValueError(
       f'{workdir} holds a run of another config; give another --workdir, or '
       'the same config. It differs in: ' + '; '.join(differences)
+    )
+
+
+class _OtherDataError(ValueError):
+  """A run's data are not what they were."""
+
+
+def _check_data(data, workdir):
+  """Refuses a folder whose run has read other data."""
+  path = workdir / 'ids.json'
+  if not path.exists():
+    return
+  old, new = json.loads(path.read_text()), json.loads(json.dumps(data.ids()))
+  # What an older version did not write down cannot be compared.
+  differ = [key for key in old if old[key] != new.get(key)]
+  if differ:
+    raise _OtherDataError(
+      f'{workdir} holds a run on other data: {", ".join(differ)} of '
+      f'{path.name} differ from what is prepared now, and images it trained on '
+      'may be tested. Prepare the data as they were, or give another --workdir'
     )
 
 
@@ -425,8 +584,8 @@ def _differences(old, new, path=''):
       yield f'{name} was {a!r}, is {b!r}'
 
 
-def _overview(variables, compiled, config):
-  state = jax.eval_shape(compiled.start, variables)
+def _overview(variables, program, config):
+  state = jax.eval_shape(program.start, variables)
   rows = []
   for kind, tree in (('trained', state.params), ('frozen', state.frozen)):
     parts = {}
@@ -436,7 +595,7 @@ def _overview(variables, compiled, config):
     rows += [(name, kind, f'{n:,}') for name, n in sorted(parts.items())]
   total = params.count(state.params) + params.count(state.frozen)
   rows.append(('all', config.system, f'{total:,}'))
-  return results.table(rows, ('part', 'is', 'parameters'))
+  return results_lib.table(rows, ('part', 'is', 'parameters'))
 
 
 def _versions():

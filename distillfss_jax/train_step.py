@@ -1,8 +1,7 @@
-"""The compiled parts of a run, built from its config.
+"""The training step: a pure function of state and batch, run on all devices.
 
-All variables are flat dicts {parameter path: array}. A training step is a pure
-per-device function of the state, the bank and a table of episodes; many steps
-run in one dispatch.
+All variables are flat dicts {parameter path: array}. Many steps run in one
+dispatch. It is apart from the loop because the benchmarks run the same step.
 """
 
 import dataclasses
@@ -16,79 +15,100 @@ from flax import nnx
 
 from distillfss_jax import optim, parallel, params, systems
 from distillfss_jax.pretrained import weights
-from distillfss_jax.types import TrainState
+from distillfss_jax.types import AXIS, Items, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What a run calls; nothing here is called in a Python loop over images.
+  """The compiled parts of a run; none is called in a Python loop over images.
 
   draw: () -> {path: array}, the initial variables.
   load: variables -> variables, with the weights that the config names.
   start: variables -> TrainState.
-  bank: variables, images, labels -> Bank.
+  shared: variables, *arrays -> what all steps read.
   memorize: variables, Support -> memory.
   predict: variables, memory, images, roles -> {role: Prediction}.
-  dispatch: state, bank, tables [t, e, 1+s], valid [t, e], count -> state, logs
-    stacked over t; e is a multiple of `episodes`.
+  dispatch: state, shared, batches, places, count -> state, logs. Batches are
+    [t, b, ...] over t steps, of which `count` are taken; places [t, b] int32
+    are the numbers of the items in their batch, -1 for padding. Logs are
+    stacked over t: 'loss', 'parts' (means over items), 'counts', 'grad_norm'.
+  rows: items of a batch -> b, which the devices can share.
   roles: what `predict` answers as.
+  takes: the type of batch.
+  rate: step -> learning rate.
   """
 
   draw: Callable
   load: Callable
   start: Callable
-  bank: Callable
+  shared: Callable
   memorize: Callable
   predict: Callable
   dispatch: Callable
+  rows: Callable
   roles: tuple[str, ...]
-  episodes: int
+  takes: type
+  rate: Callable
 
 
 def build(
-  config, ways: int, over: jax.sharding.Mesh, *, streaming: bool = False
+  config,
+  ways: int,
+  mesh: jax.sharding.Mesh,
+  *,
+  steps: int | None = None,
+  per_epoch: float = 1.0,
 ) -> Program:
   """Builds the system of a config and maps its step over devices.
 
-  Nothing is compiled yet: that happens at each function's first call. With
-  `streaming`, a dispatch takes a bank for each step, stacked.
+  Nothing is compiled yet: that happens at each function's first call.
+
+  Args:
+    config: see `configs/common.py`.
+    ways: number of foreground classes.
+    mesh: the devices.
+    steps: of the whole run; by default `config.steps`.
+    per_epoch: steps of an epoch.
+
+  Raises:
+    ValueError: the config does not fit; the message names the key.
   """
-  for name, value, known in (
-    ('loss.scale', config.loss.scale, ('reference', 'mean')),
-    ('model.dtype', config.model.dtype, ('float32', 'bfloat16')),
-  ):
-    if value not in known:
-      raise ValueError(
-        f'config.{name} is {value!r}; there are: {", ".join(known)}'
-      )
-  system, moved, draw = systems.build(config, ways)
+  system, draw = systems.build(config, ways)
+  steps = steps or config.steps
   graph, abstract = nnx.split(system)
-  trains = set(params.shapes(nnx.state(system, nnx.Param)))
-  tx = optim.build(config.optim, moved, config.steps)
+  known = set(params.shapes(nnx.state(system, nnx.Param)))
+  tx = optim.build(
+    config.optim,
+    sorted(system.trains),
+    steps,
+    per_epoch=per_epoch,
+    stacked=system.stacked,
+    updates=len(system.updates),
+  )
 
   def module(variables):
-    return nnx.merge(graph, params.replace(abstract, variables))
+    return nnx.merge(graph, params.replace(abstract, variables), copy=True)
 
   def start(variables):
     def only(keep):
       return {path: x for path, x in variables.items() if keep(path)}
 
-    trained = only(lambda path: path in moved)
+    trained = only(lambda path: path in system.trains)
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=trained,
-      frozen=only(lambda path: path in trains - moved),
-      rest=only(lambda path: path not in trains),
+      frozen=only(lambda path: path in known - system.trains),
+      buffers=only(lambda path: path not in known),
       opt_state=tx.init(trained),
     )
 
   micro = config.micro_batch or (1 if jax.default_backend() == 'cpu' else 8)
-  sweep = functools.partial(_sweep, config, module, tx, micro)
+  step = functools.partial(_step, config.seed, module, tx, micro)
   return Program(
     draw=draw,
     load=functools.partial(weights.load, config, system),
     start=jax.jit(start),
-    bank=jax.jit(lambda variables, *args: module(variables).bank(*args)),
+    shared=jax.jit(lambda variables, *args: module(variables).shared(*args)),
     memorize=jax.jit(lambda variables, x: module(variables).memorize(x)),
     predict=jax.jit(
       lambda variables, memory, images, roles: module(variables).predict(
@@ -97,97 +117,137 @@ def build(
       static_argnums=3,
     ),
     dispatch=parallel.mapped(
-      functools.partial(_dispatch, sweep, streaming), over, donate=(0,)
+      functools.partial(_dispatch, step), mesh, cut={2: 1, 3: 1}, donate=(0,)
+    ),
+    rows=functools.partial(
+      _rows, micro=1 if system.coupled else micro, devices=mesh.size
     ),
     roles=system.roles,
-    episodes=over.size * micro,
+    takes=system.takes,
+    rate=optim.schedule(config.optim, steps, per_epoch),
   )
 
 
-def variables(state: TrainState) -> dict[str, jax.Array]:
-  """All variables of a state."""
-  return {**state.params, **state.frozen, **state.rest}
+def _rows(items, *, micro, devices):
+  """Items of a batch with the padding that lets devices share it evenly."""
+  each = -(-items // devices)
+  micro = min(micro, each)
+  return devices * -(-each // micro) * micro
 
 
-def _dispatch(sweep, streaming, state, bank, tables, valid, count):
+def _dispatch(step, state, shared, batches, places, count):
   """Takes `count` steps; the logs of the others stay zero."""
-  sweep = jax.jit(sweep)  # traced once, for its shapes and for the loop
+  step = jax.jit(step)  # traced once, for its shapes and for the loop
 
-  def bank_of(i):
-    return jax.tree.map(lambda x: x[i], bank) if streaming else bank
+  def batch_of(i):
+    return jax.tree.map(lambda x: x[i], (batches, places))
 
-  _, shapes = jax.eval_shape(sweep, state, bank_of(0), tables[0], valid[0])
+  _, shapes = jax.eval_shape(step, state, shared, *batch_of(0))
   logs = jax.tree.map(
-    lambda x: jnp.zeros((len(tables), *x.shape), x.dtype), shapes
+    lambda x: jnp.zeros((len(places), *x.shape), x.dtype), shapes
   )
 
-  def step(i, carry):
+  def body(i, carry):
     state, logs = carry
-    state, log = sweep(state, bank_of(i), tables[i], valid[i])
+    state, log = step(state, shared, *batch_of(i))
     return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), logs, log)
 
-  return jax.lax.fori_loop(0, count, step, (state, logs))
+  return jax.lax.fori_loop(0, count, body, (state, logs))
 
 
-def _sweep(config, module, tx, micro, state, bank, table, valid):
-  """One optimiser step over all episodes of a table.
+def _step(seed, module, tx, micro, state, shared, batch, places):
+  """The optimiser's updates of a batch, of which this device has a part.
 
-  Every device takes its share of the episodes, `micro` at a time, and the
-  gradients are summed over both. An episode's randomness depends on the seed,
-  the step and its place in the table, so neither decides the result.
+  Independent items are taken `micro` at a time, coupled ones all at once; the
+  gradients are summed over both and over the devices. An item's randomness
+  depends on the seed, the step and its place in the batch, so none of these
+  decides the result.
+
+  Args:
+    seed: of the run.
+    module: variables -> the system.
+    tx: the optimiser.
+    micro: items at once.
+    state: TrainState, the same on all devices.
+    shared: what all steps read.
+    batch: arrays [b, ...], this device's items.
+    places: [b] int32, their numbers in the whole batch; -1 for padding.
 
   Returns:
-    The new state, and the step's numbers: 'loss', 'parts' (means over
-    episodes), 'confusion' per role (on the queries), 'grad_norm'.
+    The new state, and the step's numbers, those of the last update.
   """
-  share = table.shape[0] // jax.lax.axis_size(parallel.AXIS)
-  first = jax.lax.axis_index(parallel.AXIS) * share
-  mine = (first + jnp.arange(share)).reshape(-1, micro)
-  key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-  episodes = jnp.maximum(valid.sum(), 1)
-  # Parity: the original divides by the length of an axis it takes for the
-  # support images; it is that of the colour channels, 3.
-  scale = 1 / 3 if config.loss.scale == 'reference' else 1 / episodes
+  updates = module(state.variables).updates
+  log = {}
+  for i, update in enumerate(updates):
+    number = state.step * len(updates) + i
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(places)
+    items = Items(keys, places >= 0, AXIS, update)
+    state, log = _update(module, tx, micro, state, shared, batch, items)
+  return state.replace(step=state.step + 1), log
 
-  def losses(trained, index):
-    system = module({**trained, **state.frozen, **state.rest})
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-    losses, parts, confusion = system.losses(bank, table[index], keys)
-    used = valid[index]
-    loss = jnp.where(used, losses, 0).sum() * scale
-    return loss, {
+
+def _update(module, tx, micro, state, shared, batch, items):
+  """One update of the optimiser; see `_step`."""
+  system = module(state.variables)
+  count = jnp.maximum(jax.lax.psum(items.valid.sum(), AXIS), 1)
+  scale = system.scale(count)
+
+  def losses(trained, batch, items):
+    system = module({**state.variables, **trained})
+    found, used = system.losses(shared, batch, items), items.valid
+    loss = jnp.where(used, found.each, 0).sum() * scale
+    log = {
       'loss': loss,
       'parts': {
-        name: jnp.where(used, part, 0).sum() / episodes
-        for name, part in parts.items()
+        name: jnp.where(used, part, 0).sum() / count
+        for name, part in found.parts.items()
       },
-      'confusion': {
-        role: (counts * used[:, None, None]).sum(0)
-        for role, counts in confusion.items()
+      'counts': {
+        name: (x * used[:, None, None]).sum(0)
+        for name, x in found.counts.items()
       },
     }
+    return loss, (log, _buffers(system) if system.coupled else {})
 
   backward = jax.jit(jax.grad(losses, has_aux=True))
-
-  def add(total, index):
-    return jax.tree.map(jnp.add, total, backward(state.params, index)), None
-
-  nothing = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype),
-    jax.eval_shape(backward, state.params, mine[0]),
-  )
-  total, _ = jax.lax.scan(add, nothing, mine)
-  grads, log = jax.lax.psum(total, parallel.AXIS)
+  if system.coupled:
+    grads, (log, buffers) = backward(state.params, batch, items)
+  else:
+    grads, log = _by_parts(backward, micro, state.params, batch, items)
+    buffers = system.after_step(state.buffers, shared, batch, items)
+  grads, log = jax.lax.psum((grads, log), AXIS)
   log['grad_norm'] = optax.tree.norm(grads)
-  seen = (bank.present[table[:, 1:]].any(1) & valid[:, None]).any(0)
+  seen = system.seen(shared, batch, items)
+  if seen is not None:
+    seen = jax.lax.pmax(seen.astype(jnp.int32), AXIS) > 0
   updates, opt_state = tx.update(
     grads, state.opt_state, state.params, seen=seen
   )
-  rest = module(variables(state)).after_step(state.rest, bank, table, valid)
-  return TrainState(
-    step=state.step + 1,
+  return state.replace(
     params=optax.apply_updates(state.params, updates),
-    frozen=state.frozen,
-    rest=rest,
+    buffers={**state.buffers, **buffers},
     opt_state=opt_state,
   ), log
+
+
+def _by_parts(backward, micro, trained, batch, items):
+  """Gradients and log summed over parts of `micro` items."""
+  micro = min(micro, len(items.valid))
+  parts = jax.tree.map(
+    lambda x: x.reshape(-1, micro, *x.shape[1:]), (batch, items)
+  )
+
+  def add(total, part):
+    grads, (log, _) = backward(trained, *part)
+    return jax.tree.map(jnp.add, total, (grads, log)), None
+
+  first = jax.tree.map(lambda x: x[0], parts)
+  grads, (log, _) = jax.eval_shape(backward, trained, *first)
+  nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, log))
+  return jax.lax.scan(add, nothing, parts)[0]
+
+
+def _buffers(system):
+  """Module state that is no parameter, {path: array}."""
+  return params.flatten(nnx.state(system, nnx.Not(nnx.Param)))

@@ -116,13 +116,13 @@ def config_of(name, data_dir):
 def test_a_support_is_chosen_and_shown(name, prepared):
   data_dir = prepared(name)
   config = config_of(name, data_dir)
-  data = adaptation.load_data(config)
+  data = adaptation.Data(config)
   assert data.present.any(0).all()
   assert not set(data.support.ids) & set(data.dataset.test.ids)
   for seed in range(3):  # a draw of any seed, and no test image in it
     config.support.rule, config.support.seed = 'random', seed
     config.support.shots = len(data.dataset.train)
-    again = adaptation.load_data(config)
+    again = adaptation.Data(config)
     assert not set(again.support.ids) & set(data.dataset.test.ids)
   options = {'name': 'mine'} if name == 'folder' else {}
   path = prepare.show(name, data_dir, **options)
@@ -224,6 +224,6 @@ def test_a_smoke_run_of_its_config(name, prepared, tmp_path):
   config = config_of(name, data_dir)
   results = train.run(config, tmp_path / 'run')
   scores = results['test']['student']
-  assert len(scores['iou']) == len(adaptation.load_data(config).dataset.classes)
+  assert len(scores['iou']) == len(adaptation.Data(config).dataset.classes)
   assert np.isfinite(scores['fb_iou'])
   assert (tmp_path / 'run' / 'panels' / 'support.png').exists()

@@ -113,7 +113,7 @@ def test_settings_of_the_paper(name):
     found = [episodes.subsample, episodes.kind, config.support.rule]
     assert found == settings[1:]
     assert config.optim.trainable == (('D', 'student') if distills else ('D',))
-    assert config.model.voting == (0 if distills else 10)
+    assert config.model.fields.voting == (0 if distills else 10)
     assert config.student == 'full'
     assert config.system == f'{method}fss'
     assert config.backbone_mode == 'frozen'
@@ -126,8 +126,11 @@ def test_settings_of_the_paper(name):
     assert (config.optim.b1, config.optim.b2) == (0.9, 0.999)
     assert config.data.image_size == 384
     assert config.model.backbone.name == 'swin_b'
-    assert (config.model.concat_support, config.model.dropout) == (False, 0.5)
-    assert (config.episodes.draws, config.model.mix_size) == (0, 0)
+    assert (
+      config.model.fields.concat_support,
+      config.model.fields.dropout,
+    ) == (False, 0.5)
+    assert (config.episodes.draws, config.model.fields.mix_size) == (0, 0)
 
 
 def test_shots_of_the_paper():

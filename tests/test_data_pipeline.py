@@ -36,8 +36,8 @@ class Sizes:
     }
 
 
-def test_load_support(made):
-  loaded = pipeline.load_support(made, np.array([4, 0, 4], np.int32), 48)
+def test_load_images(made):
+  loaded = pipeline.load_images(made.train, np.array([4, 0, 4], np.int32), 48)
   assert loaded.images.shape == (3, 48, 48, 3)
   assert loaded.labels.shape == (3, 48, 48)
   assert loaded.ids == tuple(made.train.ids[i] for i in (4, 0, 4))
@@ -55,7 +55,7 @@ def test_load_support(made):
 def test_every_test_image_once(made, batch_size):
   batches = list(
     pipeline.test_batches(
-      made, image_size=32, batch_size=batch_size, native=False
+      made.test, image_size=32, batch_size=batch_size, native=False
     )
   )
   assert len(batches) == -(-7 // batch_size)
@@ -129,17 +129,16 @@ def test_canvas(rows, columns):
 def test_batch_errors(made, options):
   options = {'batch_size': 2, 'image_size': 32, 'native': False, **options}
   with pytest.raises(ValueError, match='need batch_size >= 1'):
-    pipeline.test_batches(made, **options)
-  empty = dataclasses.replace(made, test=Sizes([]))
-  with pytest.raises(ValueError, match='has no test images'):
-    pipeline.test_batches(empty, image_size=32, batch_size=2, native=False)
+    pipeline.test_batches(made.test, **options)
+  with pytest.raises(ValueError, match='no images to test on'):
+    pipeline.test_batches(Sizes([]), image_size=32, batch_size=2, native=False)
 
 
 def test_workers_change_nothing(made):
   def batches(workers):
     return list(
       pipeline.test_batches(
-        made, image_size=32, batch_size=2, native=True, workers=workers
+        made.test, image_size=32, batch_size=2, native=True, workers=workers
       )
     )
 
@@ -154,26 +153,20 @@ def test_workers_change_nothing(made):
 @pytest.mark.parametrize('kind', support.KINDS)
 def test_step_tables(kind):
   tables = support.episode_tables(np.ones((4, 1)), kind=kind, subsample=2)
-  steps = pipeline.step_tables(tables, steps=7, per_dispatch=3)
-  dispatches = list(steps)
-  assert [int(d['count']) for d in dispatches] == [3, 3, 1]
-  for i, dispatch in enumerate(dispatches):
-    assert dispatch['table'].shape == (3, 4, 3)
-    assert dispatch['table'].dtype == np.int32
-    for k in range(3):
-      if k < dispatch['count']:
-        table, valid = tables(3 * i + k)
-        np.testing.assert_array_equal(dispatch['table'][k], table)
-        np.testing.assert_array_equal(dispatch['valid'][k], valid)
-      else:
-        assert not dispatch['valid'][k].any()
+  steps = list(pipeline.step_tables(tables, steps=7))
+  assert len(steps) == 7
+  for i, step in enumerate(steps):
+    table, valid = tables(i)
+    assert step['table'].dtype == np.int32
+    np.testing.assert_array_equal(step['table'], table)
+    np.testing.assert_array_equal(step['valid'], valid)
 
 
 def test_step_tables_resume():
   tables = support.episode_tables(
     np.ones((5, 1)), kind='leave_one_out', subsample=3, seed=3
   )
-  make = lambda: iter(pipeline.step_tables(tables, steps=20, per_dispatch=4))  # noqa: E731
+  make = lambda: iter(pipeline.step_tables(tables, steps=5))  # noqa: E731
   first = make()
   next(first), next(first)
   state = first.get_state()
@@ -182,5 +175,5 @@ def test_step_tables_resume():
   again.set_state(state)
   np.testing.assert_array_equal([d['table'] for d in again], rest)
   assert len(rest) == 3
-  with pytest.raises(ValueError, match='got 0 and 4'):
-    pipeline.step_tables(tables, steps=0, per_dispatch=4)
+  with pytest.raises(ValueError, match='got 0'):
+    pipeline.step_tables(tables, steps=0)

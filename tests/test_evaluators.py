@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distillfss_jax.evaluators import fewshot
+from distillfss_jax.evaluators import base
+from distillfss_jax.evaluators import metrics as evaluation
 from distillfss_jax.ops import metrics, resize
 
 
 @pytest.mark.parametrize('band', [8, 16, 256])
 def test_native_counts_are_those_of_each_image(monkeypatch, band):
   """Whatever the size of a band, and of the canvas that the images share."""
-  monkeypatch.setattr(fewshot, 'BAND', band)
+  monkeypatch.setattr(evaluation, 'BAND', band)
   sizes, classes = [(40, 31), (17, 48), (9, 11), (1, 1)], 4
   rng = np.random.default_rng(0)
   x = rng.normal(size=(len(sizes), 9, 11, classes)).astype(np.float32)
@@ -24,13 +25,45 @@ def test_native_counts_are_those_of_each_image(monkeypatch, band):
     alone = resize.bilinear(jnp.asarray(image), (h, w), align_corners=False)
     truth = jnp.asarray(label[:h, :w])
     expected += np.asarray(metrics.count(truth, alone.argmax(-1), classes))
-  batch = {
-    'labels': labels[:, :9, :11],
-    'native_labels': labels,
-    'sizes': np.array(sizes, np.int32),
-  }
-  counts, maps = jax.jit(fewshot._count, static_argnums=2)(
-    {'student': x}, batch, classes
+  native = evaluation.NativeSize(
+    ('a', 'b', 'c'), base.Protocol('test_native', 'native', '')
   )
-  np.testing.assert_array_equal(counts['student']['test_native'], expected)
-  np.testing.assert_array_equal(maps['student'], x.argmax(-1))
+  batch = {'native_labels': labels, 'sizes': np.array(sizes, np.int32)}
+  counts = jax.jit(native.count)(x, batch)
+  np.testing.assert_array_equal(counts, expected)
+  assert native.scores(np.asarray(counts))['miou'] is not None
+
+
+def found(numbers, images=1):
+  return base.Scored(
+    {'test': {'student': numbers}},
+    (base.Protocol('test', 'model', 'how', {'miou': 'mIoU'}),),
+    {},
+    images,
+    1.0,
+  )
+
+
+def test_several_seeds_are_mean_and_deviation():
+  one = found({'miou': 0.2, 'iou': {'a': 0.1, 'b': None}})
+  two = found({'miou': 0.6, 'iou': {'a': 0.5, 'b': 0.3}})
+  both = base.over_seeds({0: one, 7: two})
+  numbers = both.scores['test']['student']
+  assert numbers['miou'] == pytest.approx(0.4)
+  assert numbers['iou'] == {'a': pytest.approx(0.3), 'b': None}
+  assert numbers['deviation'] == {
+    'miou': pytest.approx(np.std([0.2, 0.6], ddof=1))
+  }
+  assert numbers['seeds'] == {'0': {'miou': 0.2}, '7': {'miou': 0.6}}
+  assert both.images == 2
+  alone = base.over_seeds({0: one}).scores['test']['student']
+  assert alone['deviation'] == {}
+
+
+def test_several_test_sets_are_weighted_by_their_images():
+  both = base.over_sets(
+    {'x': found({'miou': 0.2}, images=1), 'y': found({'miou': 0.6}, images=3)}
+  )
+  assert [x.name for x in both.protocols] == ['test', 'test/x', 'test/y']
+  assert both.scores['test']['student']['miou'] == pytest.approx(0.5)
+  assert both.scores['test/y']['student']['miou'] == 0.6

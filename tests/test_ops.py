@@ -817,7 +817,7 @@ def test_scores_by_hand():
   assert json.loads(json.dumps(scores)) == scores
 
 
-def test_empty_and_void_maps_score_zero():
+def test_where_nothing_is_scored_there_is_no_number():
   void = jnp.full((3, 4), VOID)
   for counts in (
     metrics.Confusion.empty(3).counts,
@@ -826,8 +826,20 @@ def test_empty_and_void_maps_score_zero():
     np.testing.assert_array_equal(counts, 0)
     confusion = metrics.Confusion(np.asarray(counts))
     scores = confusion.scores(('a', 'b'))
-    assert scores['miou'] == scores['fb_iou'] == scores['accuracy'] == 0
-    assert scores['iou'] == {'a': 0, 'b': 0}
+    assert scores['miou'] is scores['fb_iou'] is scores['accuracy'] is None
+    assert scores['iou'] == {'a': None, 'b': None}
+    np.testing.assert_array_equal(confusion.iou, 0)  # torchmetrics' way
+
+
+def test_a_class_that_is_not_there_is_no_part_of_the_mean():
+  counts = np.array([[5, 1, 0], [1, 3, 0], [0, 0, 0]])
+  scores = metrics.Confusion(counts).scores(('a', 'b'))
+  assert scores['iou'] == {'a': pytest.approx(3 / 5), 'b': None}
+  assert scores['miou'] == pytest.approx(3 / 5)
+  # Predicted but never there: that is a fault, and counts.
+  counts[0, 2] = 1
+  scores = metrics.Confusion(counts).scores(('a', 'b'))
+  assert scores['miou'] == pytest.approx((3 / 5 + 0) / 2)
 
 
 def test_labels_as_they_are_stored_count_as_well():

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 
 from configs import common
 from distillfss_jax import parallel, params, systems, train_step
+from distillfss_jax.types import Table
 
 _TESTS = pathlib.Path(__file__).resolve().parent
 _SIZE, _IMAGES, _STEPS, _WAYS = 64, 5, 4, 2
@@ -38,16 +39,16 @@ def work(out, address='', processes=1, process=0):
   config = common.get_config()
   config.data.image_size = _SIZE
   config.model.backbone.name = 'resnet_tiny'
-  config.model.heads = 2
+  config.model.fields.heads = 2
   config.student = 'light'
   config.backbone_mode = 'reference'
   config.optim.lr = 1e-4
   with config.unlocked():
     config.model.backbone.fields.width = 4
-  assert config.model.dropout == 0.5
-  over = parallel.mesh()
-  built = train_step.build(config, _WAYS, over)
-  system, _, _ = systems.build(config, _WAYS)
+  assert config.model.fields.dropout == 0.5
+  mesh = parallel.mesh()
+  built = train_step.build(config, _WAYS, mesh)
+  system, _ = systems.build(config, _WAYS)
   variables = params.flatten(parity.fill_randomly(system))
 
   rng = np.random.default_rng(0)
@@ -56,23 +57,25 @@ def work(out, address='', processes=1, process=0):
   tables = np.stack(
     [[rng.permutation(_IMAGES)[:3] for _ in range(_IMAGES)]] * _STEPS
   ).astype(np.int32)
-  short = -_IMAGES % built.episodes
-  tables = np.pad(tables, ((0, 0), (0, short), (0, 0)))
-  valid = np.broadcast_to(
-    np.arange(_IMAGES + short) < _IMAGES, tables.shape[:2]
-  )
+  rows = built.rows(_IMAGES)
+  tables = np.pad(tables, ((0, 0), (0, rows - _IMAGES), (0, 0)))
+  places = np.arange(rows, dtype=np.int32)
+  places = np.tile(np.where(places < _IMAGES, places, -1), (_STEPS, 1))
 
   host = jax.device_get(
-    (built.start(variables), built.bank(variables, images, labels))
+    (built.start(variables), built.shared(variables, images, labels))
   )
-  state, bank, tables, valid = parallel.replicate((*host, tables, valid), over)
-  state, logs = built.dispatch(state, bank, tables, valid, _STEPS)
+  state, bank = parallel.replicate(host, mesh)
+  batches, places = parallel.share_steps(
+    (Table(tables), places), mesh, own=False
+  )
+  state, logs = built.dispatch(state, bank, batches, places, _STEPS)
   state, logs = parallel.local((state, logs))
   found = {f'params/{path}': x for path, x in state.params.items()}
   found |= {f'start/{path}': variables[path] for path in state.params}
-  found |= {f'rest/{path}': x for path, x in state.rest.items()}
+  found |= {f'rest/{path}': x for path, x in state.buffers.items()}
   found |= {f'parts/{name}': x for name, x in logs['parts'].items()}
-  found |= {f'confusion/{r}': x for r, x in logs['confusion'].items()}
+  found |= {f'confusion/{r}': x for r, x in logs['counts'].items()}
   found |= {name: logs[name] for name in ('loss', 'grad_norm')}
   np.savez(out, devices=jax.device_count(), episodes=tables.shape[1], **found)
   if processes > 1:
@@ -159,7 +162,10 @@ def test_number_of_devices_changes_nothing(numbers, name, devices, episodes):
           other[path], one[path], rtol=rtol, atol=2e-6, err_msg=path
         )
     for role in ('student', 'teacher'):
-      ours, theirs = other[f'confusion/{role}'], one[f'confusion/{role}']
+      ours, theirs = (
+        other[f'confusion/support_miou/{role}'],
+        (one[f'confusion/support_miou/{role}']),
+      )
       np.testing.assert_array_equal(ours[0], theirs[0])
       # Later a pixel between two classes may fall to either side.
       assert np.abs(ours - theirs).sum() <= 1e-3 * theirs.sum()
@@ -180,16 +186,16 @@ def test_number_of_devices_changes_nothing(numbers, name, devices, episodes):
 
 def test_mesh_replicate_share_local():
   """What every device holds: the whole, or its share; and back to the host."""
-  over = parallel.mesh(local=True)
-  assert over.axis_names == (parallel.AXIS,)
-  tree = {'x': np.arange(6 * over.size).reshape(-1, 2), 'y': np.float32(3)}
-  whole = parallel.replicate(tree, over)
+  mesh = parallel.mesh(local=True)
+  assert mesh.axis_names == (parallel.AXIS,)
+  tree = {'x': np.arange(6 * mesh.size).reshape(-1, 2), 'y': np.float32(3)}
+  whole = parallel.replicate(tree, mesh)
   assert whole['x'].sharding.spec == PartitionSpec()
   back = parallel.local({**whole, 'z': 'text'})
   np.testing.assert_array_equal(back['x'], tree['x'])
   assert back['y'] == 3
   assert back['z'] == 'text'
-  share = parallel.share({'x': tree['x']}, over)['x']
+  share = parallel.share({'x': tree['x']}, mesh)['x']
   assert share.sharding.spec == PartitionSpec(parallel.AXIS)
   assert share.addressable_data(0).shape == (3, 2)
   np.testing.assert_array_equal(share, tree['x'])
@@ -197,7 +203,7 @@ def test_mesh_replicate_share_local():
 
 def test_mapped_program_knows_its_share():
   """A per-device sum over the axis; gradients are those of the own share."""
-  over = parallel.mesh()
+  mesh = parallel.mesh()
 
   def fn(x, y):
     i = jax.lax.axis_index(parallel.AXIS)
@@ -205,8 +211,8 @@ def test_mapped_program_knows_its_share():
     grad = jax.grad(lambda x: (x * own).sum())(x)
     return jax.lax.psum(grad, parallel.AXIS)
 
-  y = np.arange(2.0 * over.size, dtype=np.float32)
-  found = parallel.mapped(fn, over)(np.float32(2), y)
+  y = np.arange(2.0 * mesh.size, dtype=np.float32)
+  found = parallel.mapped(fn, mesh)(np.float32(2), y)
   assert float(found) == y.sum()
 
 

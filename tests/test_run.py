@@ -210,7 +210,7 @@ def test_numbers_on_the_way(finished):
   events.Reload()
   tags = events.Tags()['tensors']
   assert {'train/loss', 'test/student_miou', 'support'} <= set(tags)
-  assert any(tag.startswith('test/0') for tag in tags)  # pictures
+  assert any(tag.startswith('test/test-0') for tag in tags)  # pictures
   same = {
     event.step: float(tensor_util.make_ndarray(event.tensor_proto))
     for event in events.Tensors('train/loss')
@@ -223,7 +223,8 @@ def test_pictures(finished):
   panels = workdir / 'panels'
   names = {path.name for path in panels.iterdir()}
   assert names == {
-    'support.png', 'curves.png', 'test_0000.png', 'test_0003.png',
+    'support.png', 'curves.png', 'test_test-00000.png',
+    'test_test-00003.png',
   }  # fmt: skip
   for name in names:
     with Image.open(panels / name) as picture:

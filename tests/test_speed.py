@@ -179,7 +179,7 @@ def test_the_papers_parameter_counts():
   variables = jax.eval_shape(compiled.draw)
   image = jax.ShapeDtypeStruct((1, 384, 384, 3), np.uint8)
   traced = compiled.predict.trace(variables, None, image, ('student',))
-  known = variables.keys() - jax.eval_shape(compiled.start, variables).rest
+  known = variables.keys() - jax.eval_shape(compiled.start, variables).buffers
   fc, attention = 2048 * 1000 + 1000, 11_017_216
   found = speed.reads(traced, variables, known)
   assert sum(found.values()) == 137_992_464 - fc - attention

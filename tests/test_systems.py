@@ -22,9 +22,11 @@ from flax import nnx
 from configs import common
 from distillfss_jax import optim, parallel, params, systems, train_step
 from distillfss_jax.backbones import resnet, swin
+from distillfss_jax.models import base as model_base
 from distillfss_jax.models import dcama, distilled
+from distillfss_jax.systems import adapted as adapted_lib
 from distillfss_jax.systems import base
-from distillfss_jax.types import VOID, Support
+from distillfss_jax.types import VOID, Items, Support, Table
 
 _BACKBONES = {
   'tinyswin': ('swin_tiny_test', swin),
@@ -87,7 +89,7 @@ def _weights(find, arch, kind, ways):
     for name, tensor in students.items():
       name = name.replace('student.0.', f'student.{way}.')
       tensors[name] = module.fill(name, tensor.shape)
-  system, _, _ = systems.build(_config(arch, 384, kind), ways)
+  system, _ = systems.build(_config(arch, 384, kind), ways)
   return params.from_torch(tensors, _rules(arch), params.shapes(system))
 
 
@@ -98,8 +100,8 @@ def _config(arch, size, kind, mode='frozen', lr=1e-4):
   config.backbone_mode = mode
   config.data.image_size = size
   config.model.backbone.name = _BACKBONES[arch][0]
-  config.model.dropout = 0.0
-  config.model.mix_size = 96  # the original's, at any image size
+  config.model.fields.dropout = 0.0
+  config.model.fields.mix_size = 96  # the original's, at any image size
   config.optim.lr = lr
   config.optim.weight_decay = 0.01
   config.optim.trainable = ('D', 'student') if kind == 'distill' else ('D',)
@@ -108,7 +110,8 @@ def _config(arch, size, kind, mode='frozen', lr=1e-4):
 
 def _merger(config, ways):
   """A function from {path: array} to the system, and the trainable paths."""
-  system, moved, _ = systems.build(config, ways)
+  system, _ = systems.build(config, ways)
+  moved = system.trains
   graph, abstract = nnx.split(system)
   return lambda v: nnx.merge(graph, params.replace(abstract, v)), moved
 
@@ -155,22 +158,23 @@ def _passes(find, arch, size, kind, ways=1, mode='frozen', shots=3):
 
   def loss(trained, rest, bank):
     system = merge(trained | rest)
-    losses, parts, _ = system.losses(bank, table, keys)
-    query, labels, support = system._episode(bank, table, keys)
+    batch, items = Table(table), Items(keys, np.ones(1, bool))
+    found = system.losses(bank, batch, items)
+    query, labels, support = system.episode(bank, table, keys)
     how = {'train': True, 'keys': keys}
     memory = system.teacher.memorize(*support, **how)
     seen = system.teacher.segment(query, memory, labels.shape[1:], **how)
-    seen = {'logits': seen.logits, 'coarse': seen.coarse, 'parts': parts}
+    seen = {'logits': seen.logits, 'coarse': seen.coarse, 'parts': found.parts}
     if kind == 'distill':
       learnt, some = system.student(query), memory.present.any((1, 3))
       seen['distilled_coarse'] = learnt
       seen['distilled_logits'] = distilled.conclude(
         system.teacher.decode(query, learnt), learnt, some, labels.shape[1:]
       ).logits
-    moved = system.after_step(rest, bank, table, np.ones(1, bool))
-    return losses.sum(), seen | {'after': moved}
+    moved = system.after_step(rest, bank, batch, items)
+    return found.each.sum(), seen | {'after': moved}
 
-  make = jax.jit(lambda v, *args: merge(v).bank(*args))
+  make = jax.jit(lambda v, *args: merge(v).shared(*args))
   step = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
   def run(labels, exist=shots):
@@ -436,7 +440,7 @@ def _adaptation(find, arch, kind, lr, mode, shots):
       return resnet.update_statistics(variables, own, np.zeros(1, np.int32))
 
     variables |= encode(variables)
-  bank = built.bank(variables, images, inputs['support_mask'][:5])
+  bank = built.shared(variables, images, inputs['support_mask'][:5])
   return config, built, variables, bank, merge
 
 
@@ -445,9 +449,13 @@ def _dispatch(built, state, bank, tables, count):
   tables = np.pad(
     tables.astype(np.int32), ((0, 10 - len(tables)), (0, 0), (0, 0))
   )
-  return built.dispatch(
-    state, bank, tables, np.ones(tables.shape[:2], bool), count
-  )
+  return built.dispatch(state, bank, Table(tables), places(tables), count)
+
+
+def places(tables):
+  """The numbers of the episodes of each step; all of them count."""
+  steps, episodes = tables.shape[:2]
+  return np.tile(np.arange(episodes, dtype=np.int32), (steps, 1))
 
 
 def _moved(arch, golden, prefix, after, before):
@@ -509,7 +517,7 @@ def test_golden_trajectory(shared, name, steps):
   _record('losses', off.tolist())
   assert (off <= allowed).all(), (off, allowed)
 
-  after = jax.device_get(train_step.variables(state))
+  after = jax.device_get(state.variables)
   running = {
     name: _place(arch, name.removeprefix('after.'))[0]
     for name in golden
@@ -518,7 +526,9 @@ def test_golden_trajectory(shared, name, steps):
   if running:
     # They do not depend on the parameters: the steps not taken can follow.
     update = jax.jit(
-      lambda v, table: merge(v).after_step(v, bank, table, np.ones(5, bool))
+      lambda v, table: merge(v).after_step(
+        v, bank, Table(table), Items(None, np.ones(5, bool))
+      )
     )
     for table in tables[steps:].astype(np.int32):
       after |= update(after, table)
@@ -576,7 +586,7 @@ def test_golden_adam(shared):
           worst = max(worst, float(np.abs(x - y).max() / np.abs(y).max()))
       _record('grad0', worst)
       assert worst <= 1e-2  # see _check_pass
-    after = jax.device_get(train_step.variables(state))
+    after = jax.device_get(state.variables)
     distance = _moved('tinyswin', golden, f'after{step}.', after, before)
     _record(f'after{step}', distance)
     assert distance <= 0.04
@@ -603,7 +613,7 @@ def _small(**changes):
   config = common.get_config()
   config.data.image_size = _SIZE
   config.model.backbone.name = 'resnet_tiny'
-  config.model.heads = 2
+  config.model.fields.heads = 2
   config.student = 'light'
   config.loss.update(_WEIGHTS)
   with config.unlocked():
@@ -635,7 +645,7 @@ def _support(ways=2, seed=0):
 def _filled(config, ways=2):
   """The merger, trainable paths and random variables of a config's system."""
   merge, moved = _merger(config, ways)
-  system, _, _ = systems.build(config, ways)
+  system, _ = systems.build(config, ways)
   system = parity.fill_randomly(system)
   return merge, moved, params.flatten(system)
 
@@ -648,7 +658,7 @@ _FIRST = np.array(
   [[0, 2, 4], [1, 0, 2], [2, 0, 4], [3, 4, 2], [4, 0, 2]], np.int32
 )
 _TABLES = np.stack([_BOTH, _FIRST, _BOTH])
-_ALL = np.ones(_TABLES.shape[:2], bool)
+_ALL = places(_TABLES)
 
 
 @pytest.fixture(scope='module')
@@ -660,12 +670,12 @@ def adapted():
   config = _small()
   built = train_step.build(config, 2, parallel.mesh())
   _, _, variables = _filled(config)
-  bank = built.bank(variables, *_support())
+  bank = built.shared(variables, *_support())
   state = parallel.replicate(built.start(variables), parallel.mesh())
   states, logs = [jax.device_get(state)], []
   for step in range(3):
     state, log = built.dispatch(
-      state, bank, np.roll(_TABLES, -step, axis=0), _ALL, 1
+      state, bank, Table(np.roll(_TABLES, -step, axis=0)), _ALL, 1
     )
     states.append(jax.device_get(state))
     logs.append(jax.device_get(log))
@@ -675,7 +685,7 @@ def adapted():
 def test_only_chosen_parameters_change(adapted):
   """The sets D and student; every other variable stays the same, bitwise."""
   *_, states, _ = adapted
-  first, last = train_step.variables(states[0]), train_step.variables(states[3])
+  first, last = states[0].variables, states[3].variables
   assert set(first) == set(last)
   kept = {path for path in first if np.array_equal(first[path], last[path])}
   assert kept == {p for p in first if p.startswith('teacher/backbone/')}
@@ -686,8 +696,10 @@ def test_dispatch_of_many_steps_is_many_dispatches(adapted):
   """Any count, fresh or continued state: the same numbers, one program."""
   _, built, variables, bank, states, logs = adapted
   state = parallel.replicate(built.start(variables), parallel.mesh())
-  state, log = built.dispatch(state, bank, _TABLES, _ALL, 2)
-  state, _ = built.dispatch(state, bank, np.roll(_TABLES, -2, axis=0), _ALL, 1)
+  state, log = built.dispatch(state, bank, Table(_TABLES), _ALL, 2)
+  state, _ = built.dispatch(
+    state, bank, Table(np.roll(_TABLES, -2, axis=0)), _ALL, 1
+  )
   assert built.dispatch._cache_size() == 1
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7),
@@ -697,7 +709,7 @@ def test_dispatch_of_many_steps_is_many_dispatches(adapted):
   np.testing.assert_allclose(
     log['loss'], [logs[0]['loss'][0], logs[1]['loss'][0], 0], rtol=1e-6
   )
-  assert not np.asarray(log['confusion']['student'][2]).any()
+  assert not np.asarray(log['counts']['support_miou/student'][2]).any()
 
 
 def test_weights_of_the_loss(adapted):
@@ -721,7 +733,7 @@ def test_confusion_counts_the_queries(adapted):
       queries = np.where(queries == 2, 0, queries)
     rows = [(queries == i).sum() for i in range(3)]
     for role in ('student', 'teacher'):
-      counts = logs[step]['confusion'][role][0]
+      counts = logs[step]['counts'][f'support_miou/{role}'][0]
       np.testing.assert_array_equal(counts.sum(1), rows)
 
 
@@ -753,16 +765,18 @@ def test_micro_batch_and_scale(adapted):
   config, _, variables, bank, states, logs = adapted
   config = _small(micro_batch=_IMAGES, loss__scale='mean')
   built = train_step.build(config, 2, parallel.mesh())
-  assert built.episodes == _IMAGES * jax.device_count()
-  state, log = built.dispatch(built.start(variables), bank, _TABLES, _ALL, 1)
+  assert built.rows(_IMAGES) == _IMAGES
+  state, log = built.dispatch(
+    built.start(variables), bank, Table(_TABLES), _ALL, 1
+  )
   ratio = 3 / len(_BOTH)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
   close(log['loss'][0], logs[0]['loss'][0] * ratio)
   close(log['grad_norm'][0], logs[0]['grad_norm'][0] * ratio)
   for name, part in logs[0]['parts'].items():
     close(log['parts'][name][0], part[0])
-  for role, counts in logs[0]['confusion'].items():
-    np.testing.assert_array_equal(log['confusion'][role], counts)
+  for role, counts in logs[0]['counts'].items():
+    np.testing.assert_array_equal(log['counts'][role], counts)
   ours = _moments(state.opt_state, 'mu')
   for path, x in _moments(states[1].opt_state, 'mu').items():
     if not _KEY_BIAS.fullmatch(path):
@@ -818,8 +832,8 @@ def test_sets_of_trainable_parameters(chosen, prefixes):
   under = tuple(f'teacher/{prefix}' for prefix in prefixes)
   assert moved == set(state.params)
   assert moved == {path for path in trains if path.startswith(under)}
-  assert {path.rsplit('/', 1)[1] for path in state.rest} == {'mean', 'var'}
-  assert set(train_step.variables(state)) == set(variables)
+  assert {path.rsplit('/', 1)[1] for path in state.buffers} == {'mean', 'var'}
+  assert set(state.variables) == set(variables)
   assert set(_moments_of_shapes(state.opt_state)) == moved
 
 
@@ -840,11 +854,13 @@ def test_steps_change_only_what_is_chosen(chosen, system):
   config = _small(optim__trainable=(chosen,), system=system)
   built = train_step.build(config, 2, parallel.mesh())
   _, moved, variables = _filled(config)
-  bank = built.bank(variables, *_support())
-  assert (bank.pyramid is None) == (chosen == 'backbone')
-  state, logs = built.dispatch(built.start(variables), bank, _TABLES, _ALL, 3)
+  bank = built.shared(variables, *_support())
+  assert (bank.queries is None) == (chosen == 'backbone')
+  state, logs = built.dispatch(
+    built.start(variables), bank, Table(_TABLES), _ALL, 3
+  )
   assert np.isfinite(logs['loss']).all()
-  after = jax.device_get(train_step.variables(state))
+  after = jax.device_get(state.variables)
   changed = {
     path for path, x in after.items() if not np.array_equal(x, variables[path])
   }
@@ -872,7 +888,7 @@ def test_unknown_pattern_lists_candidates():
     ({'system': 'distilfss'}, 'there are: distillfss, episodic, transferfss'),
     ({'student': 'big'}, 'there are: attention, full, light'),
     ({'backbone_mode': 'eval'}, "'frozen' or 'reference', not 'eval'"),
-    ({'model__voting': 2}, 'set model.voting='),
+    ({'model__voting': 2}, 'set model.fields.voting='),
     ({'model__concat_support': True}, 'set it to False'),
     ({'model__heads': 7}, '7 heads do not divide'),
   ],
@@ -921,9 +937,10 @@ def _coarse_gradient(detach):
   @jax.grad
   def gradient(trained):
     system = merge(trained | rest)
-    bank = system.bank(jnp.asarray(images[:3]), jnp.asarray(labels[:3]))
-    _, parts, _ = system.losses(bank, np.array([[0, 1, 2]]), keys)
-    return parts['coarse'].sum()
+    bank = system.shared(jnp.asarray(images[:3]), jnp.asarray(labels[:3]))
+    items = Items(keys, np.ones(1, bool))
+    found = system.losses(bank, Table(np.array([[0, 1, 2]])), items)
+    return found.parts['coarse'].sum()
 
   return jax.device_get(gradient(trained))
 
@@ -964,7 +981,7 @@ def test_reference_mode_moves_running_statistics():
   merge, _, variables = _filled(config)
   images, labels = _support()
   labels[2, 40:60, 20:60] = 2  # an image of both ways
-  bank = jax.jit(lambda v, *x: merge(v).bank(*x))(variables, images, labels)
+  bank = jax.jit(lambda v, *x: merge(v).shared(*x))(variables, images, labels)
   assert np.asarray(bank.present).sum(0).tolist() == [3, 3]
   own = {}
   encode = jax.jit(
@@ -1020,10 +1037,12 @@ def test_reference_mode_drops_paths(mode):
   @jax.jit
   def losses(key):
     system = merge(variables)
-    bank = system.bank(jnp.asarray(images), jnp.asarray(labels))
-    assert (bank.pyramid is None) == (mode == 'reference')
+    bank = system.shared(jnp.asarray(images), jnp.asarray(labels))
+    assert (bank.queries is None) == (mode == 'reference')
     keys = jax.random.split(key, 2)
-    return system.losses(bank, np.array([[0, 1, 2], [0, 1, 2]]), keys)[0]
+    batch = Table(np.array([[0, 1, 2], [0, 1, 2]]))
+    items = Items(keys, np.ones(2, bool))
+    return system.losses(bank, batch, items).each
 
   first, second = losses(jax.random.key(0)), losses(jax.random.key(1))
   assert np.isfinite(first).all()
@@ -1042,7 +1061,7 @@ def test_backbone_is_built_for_the_image_size():
   config.model.backbone.name = 'swin_b'
   with config.unlocked():
     config.model.backbone.fields = {}
-  system, _, _ = systems.build(config, 1)
+  system, _ = systems.build(config, 1)
   assert system.teacher.backbone.image_size == 768
 
 
@@ -1061,11 +1080,12 @@ def test_labels_of_an_episode():
   labels[1, :8], labels[2, :8] = 2, 3
   pyramid = tuple(jnp.zeros((3, 1, 2, 2, 4)) for _ in range(4))
   present = np.asarray(base.masks_of(jnp.asarray(labels), 3)).any((1, 2))
-  bank = base.Bank(
+  bank = adapted_lib.Bank(
     jnp.zeros((3, 1, 1, 3), jnp.uint8),
     jnp.asarray(labels),
     jnp.asarray(present),
     pyramid,
+    None,
     {},
   )
   keys = jax.random.split(jax.random.key(0), 3)
@@ -1086,8 +1106,16 @@ def test_labels_of_an_episode():
 _CHANNELS = (8, 16, 32, 64)
 
 
+def _slots(channels):
+  """What DCAMA declares: a map for each block of the last three stages."""
+  return tuple(
+    model_base.Slot('maps', 1, stage, channels[stage], per_block=True)
+    for stage in (1, 2, 3)
+  )
+
+
 def _student(kind, ways, seed=0):
-  build = functools.partial(distilled.variants[kind], ways, _CHANNELS)
+  build = functools.partial(distilled.variants[kind], ways, _slots(_CHANNELS))
   return parity.fill_randomly(
     nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))), seed
   )
@@ -1145,7 +1173,7 @@ def test_size_of_students():
   """Counts of the paper's encoders; nothing is allocated."""
 
   def count(kind, channels):
-    build = functools.partial(distilled.variants[kind], 1, channels)
+    build = functools.partial(distilled.variants[kind], 1, _slots(channels))
     return params.count(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
 
   resnet50, swin_b = (256, 512, 1024, 2048), (128, 256, 512, 1024)

@@ -34,7 +34,7 @@ def config_of(backbone, size, *, system='distillfss', student='full', **model):
   config = common.get_config()
   config.system, config.student = system, student
   config.data.image_size = size
-  config.model.mix_size = 96 if size == 128 else 0
+  config.model.fields.mix_size = 96 if size == 128 else 0
   config.model.backbone.name = backbone
   config.optim.trainable = ('D',)
   for name, value in model.items():
@@ -46,7 +46,7 @@ def config_of(backbone, size, *, system='distillfss', student='full', **model):
 def loaded(config, ways=1):
   """The program of a config, and its variables with what it loads."""
   built = train_step.build(config, ways, parallel.mesh())
-  system, _, _ = systems.build(config, ways)
+  system, _ = systems.build(config, ways)
   initial = params.flatten(parity.fill_randomly(system, seed=7))
   return built, initial, built.load(initial)
 
@@ -139,7 +139,7 @@ def test_a_teacher_in_half_precision_behind_a_prefix(shared):
   file = shared('goldens/torch_files/teacher_tinyswin_module_prefix.pt')
   config = config_of('swin_tiny_test', 128, init=str(file))
   skips = convert._fields(archive.read(file))['concat_support']
-  config.model.concat_support = skips
+  config.model.fields.concat_support = skips
   config.system = 'transferfss'
   _, _, variables = loaded(config)
   theirs = parity.torch_weights(shared, 'tinyswin', 'teacher.')

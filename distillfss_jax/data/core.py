@@ -43,6 +43,24 @@ class Chosen(Sequence):
     return {**record, 'label': self._table[record['label']]}
 
 
+class Part(Sequence):
+  """Some records of a source, by their indices."""
+
+  def __init__(self, source, indices):
+    """Takes a source and an int array."""
+    self._source = source
+    self._indices = np.asarray(indices, int)
+    self.ids = tuple(source.ids[i] for i in self._indices)
+    self.sizes = np.asarray(source.sizes)[self._indices]
+    self.present = np.asarray(source.present)[self._indices]
+
+  def __len__(self):
+    return len(self._indices)
+
+  def __getitem__(self, i):
+    return self._source[int(self._indices[i])]
+
+
 def select(dataset, labels):
   """A Dataset with some of the classes as labels 1, 2, ...; all its records.
 

@@ -17,7 +17,7 @@ from distillfss_jax.types import VOID
 
 @dataclasses.dataclass(frozen=True)
 class SupportSet:
-  """Decoded and resized support images.
+  """Decoded and resized annotated images.
 
   images uint8 [m, S, S, 3]; labels uint8 [m, S, S], 0..n and 255 void;
   ids: m of them.
@@ -50,18 +50,18 @@ def _resized(record, size):
   }
 
 
-def load_support(dataset, indices, image_size):
-  """Reads support images into memory.
+def load_images(source, indices, image_size):
+  """Reads annotated images into memory, such as a support set.
 
   Args:
-    dataset: a `core.Dataset`.
-    indices: into dataset.train, as `support.choose` gives them.
+    source: of records, such as the train part of a `core.Dataset`.
+    indices: into it, as `support.choose` gives them.
     image_size: S.
 
   Returns:
     A SupportSet in the order of the indices.
   """
-  picked = _Picked(dataset.train, tuple(int(i) for i in indices))
+  picked = _Picked(source, tuple(int(i) for i in indices))
   records = grain.MapDataset.source(picked).map(
     lambda item: {**_resized(item[1], image_size), 'id': item[1]['id']}
   )
@@ -119,12 +119,12 @@ class _Prepare:
 
 
 def test_batches(
-  dataset, *, image_size, batch_size, native, workers=0, shard=(0, 1)
+  source, *, image_size, batch_size, native, workers=0, shard=(0, 1)
 ):
   """Batches the test images, each once, ordered by size.
 
   Args:
-    dataset: a `core.Dataset`.
+    source: of records, such as the test part of a `core.Dataset`.
     image_size: S, side of what the model sees.
     batch_size: B, per process.
     native: also give the labels at the size they were published in.
@@ -135,14 +135,14 @@ def test_batches(
   Returns:
     grain IterDataset of dicts: images uint8 [B, S, S, 3], labels uint8
     [B, S, S], valid bool [B] (False pads the last batches; such records are
-    void), index int32 [B] into dataset.test, -1 where not valid. With native
+    void), index int32 [B] into the source, -1 where not valid. With native
     also native_labels uint8 [B, Hc, Wc], padded with 255 to one of few sizes
     (`canvas`), and sizes int32 [B, 2], rows and columns before padding.
   """
   part, parts = _checked_shard(batch_size, shard)
-  if not len(dataset.test):
-    raise ValueError(f'{dataset.name} has no test images')
-  sizes = np.asarray(dataset.test.sizes)
+  if not len(source):
+    raise ValueError('there are no images to test on')
+  sizes = np.asarray(source.sizes)
   order = np.lexsort(
     (np.arange(len(sizes)), sizes[:, 1], sizes[:, 0], sizes.max(axis=1))
   )
@@ -156,7 +156,7 @@ def test_batches(
     canvases = tuple(c for c in largest for _ in range(batch_size))
   indices = tuple(mine.tolist())
   batches = (
-    grain.MapDataset.source(_Picked(dataset.test, indices))
+    grain.MapDataset.source(_Picked(source, indices))
     .map(_Prepare(indices, canvases, image_size))
     .batch(batch_size)
     .to_iter_dataset(_read_options(4))
@@ -193,47 +193,33 @@ def _read_options(ahead):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Dispatches:
-  """Source of the tables of `per_dispatch` consecutive steps."""
+class _Steps:
+  """Source of the tables of each step."""
 
   tables: object
   steps: int
-  per_dispatch: int
 
   def __len__(self):
-    return -(-self.steps // self.per_dispatch)
+    return self.steps
 
   def __getitem__(self, i):
-    first = i * self.per_dispatch
-    count = min(self.per_dispatch, self.steps - first)
-    made = [self.tables(step) for step in range(first, first + count)]
-    table, valid = (np.stack(column) for column in zip(*made, strict=True))
-    padding = self.per_dispatch - count
-    return {
-      'table': np.pad(table, ((0, padding), (0, 0), (0, 0))),
-      'valid': np.pad(valid, ((0, padding), (0, 0))),
-      'count': np.int32(count),
-    }
+    table, valid = self.tables(i)
+    return {'table': table, 'valid': valid}
 
 
-def step_tables(tables, *, steps, per_dispatch):
-  """Gives the episodes of every dispatch; the iterator can be checkpointed.
+def step_tables(tables, *, steps):
+  """Gives the episodes of every step; the iterator can be checkpointed.
 
   Args:
     tables: step -> (int32 [e, 1+s], bool [e]), from `support.episode_tables`.
     steps: how many there are.
-    per_dispatch: steps that one call of the compiled program takes.
 
   Returns:
-    grain IterDataset of dicts: table int32 [per_dispatch, e, 1+s], valid bool
-    [per_dispatch, e], count int32, how many of the steps are real: the others,
-    at the end of the last dispatch, are zeros and not valid.
+    grain IterDataset of dicts: table int32 [e, 1+s], valid bool [e].
   """
-  if steps < 1 or per_dispatch < 1:
-    raise ValueError(
-      f'need steps and per_dispatch >= 1, got {steps} and {per_dispatch}'
-    )
-  source = _Dispatches(tables, steps, per_dispatch)
+  if steps < 1:
+    raise ValueError(f'need steps >= 1, got {steps}')
+  source = _Steps(tables, steps)
   return grain.MapDataset.source(source).to_iter_dataset(_read_options(2))
 
 
@@ -283,6 +269,55 @@ class _Read:
     record = self.pool.source[int(index)]
     label = _swapped(record['label'], value)
     return recipe(generator, record['image'], label, self.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Augmented:
+  """Makes a record of a training set one size; picklable."""
+
+  source: object
+  recipe: object
+  size: int
+
+  def __call__(self, i, generator):
+    """A record by its number."""
+    record = self.source[i]
+    image, label = self.recipe(
+      generator, record['image'], record['label'], self.size
+    )
+    return {'images': image, 'labels': label, 'valid': np.bool_(True)}
+
+
+def training_images(
+  source, recipe, *, image_size, batch_size, seed, workers=0, shard=(0, 1)
+):
+  """Batches labelled images without end; the iterator can be checkpointed.
+
+  An epoch is every image once, in an order of its own; the last batch of one
+  holds the first images of the next. Image i of an epoch depends on the seed,
+  the epoch and i alone.
+
+  Args:
+    source: of records, such as the train part of a `core.Dataset`.
+    recipe: (generator, image, label, size) -> image uint8 [S, S, 3] and label
+      uint8 [S, S]; see `augment.py`.
+    (others): as of `training_episodes`.
+
+  Returns:
+    grain IterDataset of dicts: images uint8 [B, S, S, 3], labels uint8
+    [B, S, S], valid bool [B], True.
+  """
+  part, parts = _checked_shard(batch_size, shard)
+  batches = (
+    grain.MapDataset.range(len(source))
+    .seed(seed)
+    .shuffle()
+    .random_map(_Augmented(source, recipe, image_size))
+    .repeat()[part::parts]
+    .batch(batch_size, drop_remainder=True)  # the endless has none
+    .to_iter_dataset(_read_options(2 * batch_size))
+  )
+  return _in_processes(batches, workers)
 
 
 def _of_class(label):

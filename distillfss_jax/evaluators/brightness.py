@@ -32,12 +32,12 @@ def score(
     confusion = Confusion.empty(2)
     for image, label in zip(brightness, support.labels, strict=True):
       _add(confusion, label, _segment(image, *candidate), name=1)
-    return confusion.miou
+    return confusion.miou or 0.0
 
   best = max(candidates, key=fit)
   confusion = Confusion.empty(classes)
   batches = pipeline.test_batches(
-    dataset, image_size=image_size, batch_size=8, native=False
+    dataset.test, image_size=image_size, batch_size=8, native=False
   )
   for batch in batches:
     for row in np.flatnonzero(batch['valid']):
@@ -74,7 +74,5 @@ def _segment(image, threshold, darker):
 
 def _add(confusion, label, found, *, name, merge=True):
   label = np.where(label == VOID, VOID, label > 0) if merge else label
-  scored = label != VOID
-  n = len(confusion.counts)
-  index = label[scored].astype(int) * n + found[scored] * name
-  confusion.add(np.bincount(index, minlength=n * n).reshape(n, n))
+  classes = len(confusion.counts)
+  confusion.add(Confusion.of(label, found * name, classes).counts)

@@ -1,21 +1,24 @@
 """What every few-shot segmenter is: encode, memorize, correlate, decode.
 
-    encode    images                -> pyramid      once per image
+    encode    images                 -> pyramid     once per image
     memorize  support pyramid, masks -> memory      once per support set
-    correlate pyramid, memory       -> coarse maps  the only look at the support
-    decode    pyramid, coarse maps  -> logits
+    correlate pyramid, memory        -> coarse maps the only look at the support
+    decode    pyramid, coarse maps   -> logits
 
 A student replaces `correlate` by a small function of the query's pyramid, and
 keeps the rest (`distilled.py`).
 """
 
 import abc
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from distillfss_jax import params
 from distillfss_jax.ops import resize, ways
 from distillfss_jax.types import Array, Prediction, Pyramid
 
@@ -31,6 +34,27 @@ def normalise(images: Array) -> Array:
   return (images.astype(jnp.float32) / 255 - MEAN) / STD
 
 
+@dataclasses.dataclass(frozen=True)
+class Slot:
+  """One thing that a query's answer takes from the support.
+
+  A student learns its slots: what they hold is a function of the query then.
+
+  kind: 'maps' over the query's grid, or 'vector', the same for every query.
+  channels: of the maps of a level, or of the vector.
+  stage: 0..3, of the query's pyramid, that maps are read from.
+  inputs: channels of that stage.
+  per_block: whether every block of the stage gives a map of its own, by the
+    same function (`channels` is then 1); else the last block gives all.
+  """
+
+  kind: str
+  channels: int
+  stage: int = 0
+  inputs: int = 0
+  per_block: bool = False
+
+
 class FewShotSegmenter(nnx.Module):
   """A binary few-shot segmenter; `segment` maps it over ways.
 
@@ -41,11 +65,39 @@ class FewShotSegmenter(nnx.Module):
     backbone: images [b, H, W, 3] to a pyramid.
     voting: shots of a vote, or None.
     dtype: of the arithmetic; parameters, softmax and logits stay float32.
+    masks_support: whether `encode_support` depends on the masks.
   """
 
   backbone: nnx.Module
   voting: int | None
   dtype: str
+  masks_support: bool = False
+
+  @classmethod
+  def sets(cls) -> Mapping[str, tuple[str, ...]]:
+    """Named sets of its parameters, {name: regex of paths below itself}."""
+    return {}
+
+  @property
+  def slots(self) -> tuple[Slot, ...]:
+    """What a student of it learns: one slot for each level of `correlate`."""
+    raise ValueError(f'a {type(self).__name__} has nothing a student imitates')
+
+  def unteachable(self) -> str:
+    """Why its settings leave a student nothing to learn; '' if they do not."""
+    return ''
+
+  def torch_tables(self) -> tuple[params.Rules, ...]:
+    """How the original's files name its tensors; see `weights.py`."""
+    raise ValueError(f'no other program has a {type(self).__name__}')
+
+  def torch_buffers(self) -> dict[str, np.ndarray]:
+    """What PyTorch keeps beside the parameters, {torch name: array}."""
+    return {}
+
+  def torch_unused(self) -> dict[str, np.ndarray]:
+    """What the original loads and never reads, {torch name: array}."""
+    return {}
 
   def encode(self, images: Array) -> Pyramid:
     """Images [..., H, W, 3], uint8 or normalised, to maps [..., l, h, w, c]."""
@@ -53,6 +105,20 @@ class FewShotSegmenter(nnx.Module):
     flat = self.normalised(images.reshape(-1, *images.shape[-3:]))
     pyramid = self.select(self.backbone(flat))
     return tuple(x.reshape(*lead, *x.shape[1:]) for x in pyramid)
+
+  def encode_support(self, images: Array, masks: Array) -> Pyramid:
+    """The pyramid of support images, as `memorize` takes it.
+
+    Here what `encode` gives, so that an image is encoded once for all its
+    uses. Methods that mask the support, its images or between two stages, do it
+    here, and say so by `masks_support`.
+
+    Args:
+      images: [..., H, W, 3], uint8 or normalised.
+      masks: [..., H, W, n] in {0, 1}.
+    """
+    del masks
+    return self.encode(images)
 
   def normalised(self, images: Array) -> Array:
     """Images as the backbone takes them, in `dtype`."""

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from distillfss_jax import backbones, params
 from distillfss_jax.models import base
 from distillfss_jax.ops import attention, conv, random, resize, ways
 from distillfss_jax.types import Array, Pyramid
@@ -200,6 +201,62 @@ class DCAMA(base.FewShotSegmenter):
       [Conv(3, 16, 16, rngs=rngs), Conv(3, 16, 2, rngs=rngs)]
     )
 
+  @classmethod
+  def sets(cls):
+    mixing = (r'conv[123]/.*', r'mixer[123]/.*')
+    return {
+      'A': mixing,
+      'B': (*mixing, r'conv[45]/.*'),
+      'C': (*mixing, r'attention/.*'),
+      'D': (*mixing, r'conv[45]/.*', r'attention/.*'),
+    }
+
+  @property
+  def slots(self):
+    return tuple(
+      base.Slot('maps', 1, stage, channels, per_block=True)
+      for stage, channels in enumerate(self.backbone.channels)
+      if stage
+    )
+
+  def unteachable(self):
+    if self.voting:
+      return (
+        f'model.fields.voting={self.voting}: a student imitates one coarse map '
+        'per way, not one per vote; set it to 0'
+      )
+    if self.concat_support:
+      return (
+        'model.fields.concat_support=True: the decoder would need support '
+        'maps, which a student does not have; set it to False'
+      )
+    return ''
+
+  def torch_tables(self):
+    return tuple(
+      (
+        *params.prefixed(table, 'feature_extractor.', 'backbone/'),
+        *params.prefixed(TORCH_NAMES, 'model.', ''),
+      )
+      for table in self.backbone.torch_tables()
+    )
+
+  def torch_buffers(self):
+    found = {
+      f'feature_extractor.{name}': x
+      for name, x in self.backbone.torch_buffers().items()
+    }
+    if self.positional:
+      for i, c in enumerate(self.backbone.channels[1:]):
+        found[f'model.pe.{i}.pe'] = positions(_TABLE, c)[None]
+    return found
+
+  def torch_unused(self):
+    return {
+      f'feature_extractor.{name}': x
+      for name, x in self.backbone.torch_unused().items()
+    }
+
   def select(self, pyramid: Pyramid) -> Pyramid:
     """Of stage 1 only the last map is read, as a skip."""
     return (pyramid[0][:, -1:], *pyramid[1:])
@@ -343,12 +400,18 @@ class DCAMA(base.FewShotSegmenter):
     return x.reshape(*x.shape[:-1], self.heads, -1)
 
 
-def torch_buffers(segmenter: DCAMA) -> dict[str, np.ndarray]:
-  """What PyTorch keeps beside the parameters, {torch name: array}."""
-  return {
-    f'pe.{i}.pe': positions(_TABLE, c)[None]
-    for i, c in enumerate(segmenter.backbone.channels[1:])
-  }
+def build(config, image_size, rngs):
+  """The model of a config; see `models.build`."""
+  backbone = backbones.build(
+    config.backbone.name,
+    image_size=image_size,
+    rngs=rngs,
+    **config.backbone.fields,
+  )
+  fields = dict(config.fields)
+  for name in ('voting', 'mix_size'):  # 0 in a config: None
+    fields[name] = fields.get(name) or None
+  return DCAMA(backbone, **fields, dtype=config.dtype, rngs=rngs)
 
 
 def positions(tokens: int, channels: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from distillfss_jax import params
 from distillfss_jax.models import base
 from distillfss_jax.ops import conv, resize, ways
 from distillfss_jax.types import Array, Prediction, Pyramid
@@ -70,45 +71,87 @@ class WayConv(nnx.Module):
 
 
 class ClassDistiller(nnx.Module):
-  """Imitates `correlate`, one network per way and level.
+  """Imitates `correlate`, one network per way and slot of the teacher.
+
+  Args:
+    ways: number of foreground classes.
+    slots: what the teacher declares (`FewShotSegmenter.slots`).
+    rngs: of the initialisation.
 
   Attributes:
-    levels: one module per level, called with a stage's maps [b, l, h, w, c];
-      returns [b, l, h, w, n].
+    levels: one module per slot; see `Level`.
   """
 
   level: type[nnx.Module]
 
-  def __init__(self, ways, channels, *, rngs):
+  def __init__(self, ways: int, slots: tuple[base.Slot, ...], *, rngs):
+    self.slots = tuple(slots)
     self.levels = nnx.List(
-      [self.level(ways, c, rngs=rngs) for c in channels[1:]]
+      [
+        Vector(ways, slot.channels)
+        if slot.kind == 'vector'
+        else self.level(ways, slot.inputs, slot.channels, rngs=rngs)
+        for slot in slots
+      ]
     )
 
-  def __call__(self, pyramid: Pyramid) -> tuple[Array, ...]:
-    """Coarse maps [b, n, h, w, m] per level, in the pyramid's order."""
-    return tuple(
-      level(x).transpose(0, 4, 2, 3, 1)
-      for level, x in zip(self.levels, pyramid[1:], strict=True)
+  def torch_tables(self) -> tuple[params.Rules, ...]:
+    """How the original's files name its tensors; see `weights.py`."""
+    raise ValueError(
+      f'{type(self).__name__} has no counterpart in the original: only '
+      "student='full' has"
     )
+
+  def torch_buffers(self):
+    """PyTorch keeps nothing beside the parameters."""
+    return {}
+
+  def torch_unused(self):
+    """The original reads all that it loads."""
+    return {}
+
+  def __call__(self, pyramid: Pyramid) -> tuple[Array, ...]:
+    """Coarse maps [b, n, h, w, m] per slot, in the slots' order."""
+    coarse = []
+    for slot, level in zip(self.slots, self.levels, strict=True):
+      x = pyramid[slot.stage]
+      y = level(x if slot.per_block else x[:, -1:])  # [b, l, h, w, n, m]
+      if slot.per_block:  # of each block one map
+        coarse.append(y[..., 0].transpose(0, 4, 2, 3, 1))
+      else:
+        coarse.append(y[:, 0].transpose(0, 3, 1, 2, 4))
+    return tuple(coarse)
+
+
+class Vector(nnx.Module):
+  """A slot that no query changes: a constant of each way, 0 at the start."""
+
+  def __init__(self, ways, channels):
+    self.value = nnx.Param(jnp.zeros((ways, channels)))
+
+  def __call__(self, x: Array) -> Array:
+    """[b, l, h, w, c] to [b, 1, 1, 1, n, m]."""
+    value = self.value[...].astype(x.dtype)
+    return jnp.broadcast_to(value, (len(x), 1, 1, 1, *value.shape))
 
 
 class Level(nnx.Module, abc.ABC):
-  """The students of one level."""
+  """The students of one slot of maps."""
 
   @abc.abstractmethod
   def __call__(self, x: Array) -> Array:
-    """[b, l, h, w, c] to [b, l, h, w, n]."""
+    """[b, l, h, w, c] to [b, l, h, w, n, m]."""
 
 
 class FullLevel(Level):
-  """3x3 convolution at full width, ReLU, 1x1 to one map (the paper's)."""
+  """3x3 convolution at full width, ReLU, 1x1 to the maps (the paper's)."""
 
-  def __init__(self, ways, channels, *, rngs):
+  def __init__(self, ways, channels, maps, *, rngs):
     self.conv = WayConv(ways, 3, channels, channels, rngs=rngs)
-    self.score = WayConv(ways, 1, channels, 1, rngs=rngs)
+    self.score = WayConv(ways, 1, channels, maps, rngs=rngs)
 
   def __call__(self, x: Array) -> Array:
-    return self.score.from_own(nnx.relu(self.conv.from_shared(x)))[..., 0]
+    return self.score.from_own(nnx.relu(self.conv.from_shared(x)))
 
 
 class LightLevel(Level):
@@ -120,14 +163,14 @@ class LightLevel(Level):
 
   width = 128
 
-  def __init__(self, ways, channels, *, rngs):
+  def __init__(self, ways, channels, maps, *, rngs):
     self.reduce = WayConv(ways, 1, channels, self.width, rngs=rngs)
     self.conv = WayConv(ways, 3, self.width, self.width, rngs=rngs)
-    self.score = WayConv(ways, 1, self.width, 1, rngs=rngs)
+    self.score = WayConv(ways, 1, self.width, maps, rngs=rngs)
 
   def __call__(self, x: Array) -> Array:
     x = nnx.relu(self.reduce.from_shared(x))
-    return self.score.from_own(nnx.relu(self.conv.from_own(x)))[..., 0]
+    return self.score.from_own(nnx.relu(self.conv.from_own(x)))
 
 
 class AttentionLevel(Level):
@@ -140,7 +183,12 @@ class AttentionLevel(Level):
 
   keys_per_way, heads = 32, 8
 
-  def __init__(self, ways, channels, *, rngs):
+  def __init__(self, ways, channels, maps, *, rngs):
+    if maps != 1:
+      raise ValueError(
+        f"student 'attention' gives one map a block, not {maps}: use 'full' or "
+        "'light'"
+      )
     if channels % self.heads:
       raise ValueError(
         f'{self.heads} heads do not divide {channels} channels: use another '
@@ -186,13 +234,17 @@ class AttentionLevel(Level):
       logits.astype(jnp.float32) + shift * d**-0.5, axis=-1
     )
     constant = (self.out_bias[...] * score).sum(-1) + self.score.bias[...][:, 0]
-    return (jnp.einsum('...nak,nak->...n', share, v) + constant).astype(x.dtype)
+    y = jnp.einsum('...nak,nak->...n', share, v) + constant
+    return y[..., None].astype(x.dtype)
 
 
 class FullDistiller(ClassDistiller):
   """The paper's student."""
 
   level = FullLevel
+
+  def torch_tables(self):
+    return (TORCH_NAMES,)
 
 
 class LightDistiller(ClassDistiller):
@@ -212,6 +264,19 @@ variants = {
   'light': LightDistiller,
   'attention': AttentionDistiller,
 }
+
+
+def build(name, ways, teacher, rngs):
+  """The students of a teacher, by the name of their kind.
+
+  Raises:
+    ValueError: there is no such kind, or the teacher has nothing to imitate.
+  """
+  if name not in variants:
+    raise ValueError(
+      f'no student {name!r}; there are: {", ".join(sorted(variants))}'
+    )
+  return variants[name](ways, teacher.slots, rngs=rngs)
 
 
 class DistilledSegmenter(nnx.Module):

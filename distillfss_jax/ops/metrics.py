@@ -26,8 +26,14 @@ class Confusion:
   """A confusion matrix over a test set, mergeable: sums first, division last.
 
   counts: int64 [1+n, 1+n], pixels by (label, prediction).
-  A score whose denominator is 0 is 0.
+
+  A ratio whose denominator is 0 is 0; of `scores` it is None, and what is no
+  number is no part of a mean: a class that neither labels nor predictions show
+  says nothing of a model.
   """
+
+  # Parity: the reference's metric (torchmetrics) counts such a class as a zero
+  # in the mean. In the published tables every class is there.
 
   counts: np.ndarray
 
@@ -35,6 +41,14 @@ class Confusion:
   def empty(cls, classes: int) -> 'Confusion':
     """Nothing counted yet; `classes` counts background."""
     return cls(np.zeros((classes, classes), np.int64))
+
+  @classmethod
+  def of(cls, label, predicted, classes: int) -> 'Confusion':
+    """Of two label maps on the host, void left out."""
+    scored = label != VOID
+    index = label[scored].astype(int) * classes + predicted[scored]
+    counts = np.bincount(index, minlength=classes**2)
+    return cls(counts.reshape(classes, classes))
 
   def add(self, counts) -> None:
     """Adds counts of a batch, whose label and prediction ranges must fit."""
@@ -66,50 +80,86 @@ class Confusion:
     union = self.counts.sum(0) + self.counts.sum(1) - np.diag(self.counts)
     return _ratio(self._hits, union)
 
+  def iou_or_none(self) -> list[float | None]:
+    """`iou`, None of classes that neither labels nor predictions show."""
+    union = self.counts.sum(0) + self.counts.sum(1) - np.diag(self.counts)
+    return _where(self.iou, union)
+
   @property
-  def miou(self) -> float:
+  def miou(self) -> float | None:
     """Mean over foreground classes: the number the papers publish."""
-    return float(self.iou[1:].mean())
+    return _mean(self.iou_or_none()[1:])
 
   @property
-  def accuracy(self) -> float:
+  def accuracy(self) -> float | None:
     """The share of pixels that are right, background too."""
-    return float(_ratio(self._hits.sum(), self.counts.sum()))
+    [share] = _where(
+      [_ratio(self._hits.sum(), self.counts.sum())], [self.counts.sum()]
+    )
+    return share
 
   @property
-  def fb_iou(self) -> float:
+  def fb_iou(self) -> float | None:
     """Mean IoU of background and of all foreground taken as one class."""
-    binary = Confusion(
-      np.array(
-        [
-          [self.counts[0, 0], self.counts[0, 1:].sum()],
-          [self.counts[1:, 0].sum(), self.counts[1:, 1:].sum()],
-        ]
-      )
+    binary = np.array(
+      [
+        [self.counts[0, 0], self.counts[0, 1:].sum()],
+        [self.counts[1:, 0].sum(), self.counts[1:, 1:].sum()],
+      ]
     )
-    return float(binary.iou.mean())
+    return _mean(Confusion(binary).iou_or_none())
 
   def scores(self, classes: tuple[str, ...]) -> dict:
     """The scores as a nested dict, per foreground class and over them."""
+    labelled, predicted = self.counts.sum(1), self.counts.sum(0)
+    each = {
+      'iou': self.iou_or_none(),
+      'f1': _where(self.f1, labelled + predicted),
+      # Of a class that is there but never predicted the precision is 0, as
+      # what is never labelled but predicted has a recall of 0.
+      'precision': _where(self.precision, labelled + predicted),
+      'recall': _where(self.recall, labelled + predicted),
+    }
 
     def named(values):
-      return dict(zip(classes, values[1:].tolist(), strict=True))
+      return dict(zip(classes, values[1:], strict=True))
 
     return {
       'miou': self.miou,
       'fb_iou': self.fb_iou,
       'accuracy': self.accuracy,
-      'f1': float(self.f1[1:].mean()),
-      'precision': float(self.precision[1:].mean()),
-      'recall': float(self.recall[1:].mean()),
-      'iou': named(self.iou),
-      'f1_per_class': named(self.f1),
-      'precision_per_class': named(self.precision),
-      'recall_per_class': named(self.recall),
+      **{k: _mean(each[k][1:]) for k in ('f1', 'precision', 'recall')},
+      'iou': named(each['iou']),
+      **{
+        f'{k}_per_class': named(each[k]) for k in ('f1', 'precision', 'recall')
+      },
+    }
+
+  def dense_scores(self) -> dict:
+    """What dense methods publish: background is a class like the others."""
+    labelled = self.counts.sum(1)
+    share = _ratio(labelled, labelled.sum())
+    return {
+      'miou_with_background': _mean(self.iou_or_none()),
+      'class_accuracy': _mean(_where(self.recall, labelled)),
+      'pixel_accuracy': self.accuracy,
+      'frequency_weighted_iou': float((share * self.iou).sum())
+      if labelled.sum()
+      else None,
     }
 
 
 def _ratio(x, y):
-  # Parity: 0/0 is 0, so a class absent from labels and predictions counts as
-  # a zero in the mean, as torchmetrics has it in the published tables.
   return np.divide(x, y, out=np.zeros_like(np.asarray(x, float)), where=y > 0)
+
+
+def _where(values, counts):
+  """Numbers as floats, None where nothing was counted."""
+  pairs = zip(values, counts, strict=True)
+  return [float(x) if n else None for x, n in pairs]
+
+
+def _mean(values):
+  """The mean of those that are numbers; None where none is."""
+  known = [x for x in values if x is not None]
+  return float(np.mean(known)) if known else None

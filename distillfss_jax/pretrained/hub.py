@@ -65,7 +65,7 @@ def _official_dcama(backbone, file):
     fields={
       'system': 'transferfss',  # students have no support whose maps to read
       'model.backbone.name': backbone,
-      'model.concat_support': True,
+      'model.fields.concat_support': True,
     },
   )
 
@@ -78,7 +78,7 @@ def _dcama(backbone, file, page):
     model='dcama',
     fields={
       'model.backbone.name': backbone,
-      'model.concat_support': False,
+      'model.fields.concat_support': False,
     },
   )
 
@@ -158,7 +158,7 @@ PUBLISHED = {
     'see its owners',
     repo='pasqualedem/DistillFSS_WeedMap_DCAMA_5shot',
     model='dcama',
-    fields={'model.concat_support': False, 'student': 'full'},
+    fields={'model.fields.concat_support': False, 'student': 'full'},
   ),
 }
 

@@ -4,40 +4,73 @@ Strict both ways: every tensor of a file fills one parameter or is named in
 `dont_load`, every parameter is filled or named, and shapes are equal. What
 PyTorch keeps beside parameters (position tables, attention masks) must be what
 is computed here; a classifier that no segmenter reads is passed over by name in
-the rule tables (TORCH_NAMES), which stand beside each model.
+the rule tables, which stand beside each model.
+
+A module that other programs know has three methods:
+
+    torch_tables()   tables of rules (`params.from_torch`), one for each naming
+    torch_buffers()  {torch name: array} that PyTorch keeps beside parameters
+    torch_unused()   {torch name: array} that the original loads, never reads
 """
 
+import dataclasses
 import json
 import pathlib
 import re
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from absl import logging
 from flax import nnx
 
 from distillfss_jax import params
-from distillfss_jax.models import dcama, distilled
 from distillfss_jax.pretrained import archive, hub
 from distillfss_jax.workdir import checkpoint
 
 Arrays = dict[str, np.ndarray]
 
-BACKBONE = 'teacher/backbone/'
-_STUDENT = 'student/'
 # Of a position table's entries: sines of angles up to 10000, which float32
 # holds to a thousandth, from files that may be float16.
 _BUFFER_TOLERANCE = 2e-3
 _WRAPPERS = 3  # such as 'module.model.', around all names
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A module of a system, and how files name what is in it.
+
+  path: of the module within the system, 'teacher/'; '' for all of it.
+  module: has the three methods above.
+  names: prefix of its tensors in a file of the whole system, 'teacher.'.
+  optional: whether a file may lack it; it then keeps its initial values.
+  """
+
+  path: str
+  module: nnx.Module
+  names: str = ''
+  optional: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A row of the table of what is loaded: which parts from which file.
+
+  key: of the config, that names it. source: a file, a folder, a name; '' for
+  nothing. parts: what it fills. theirs: prefix of its tensors (or, of a
+  folder, of its paths) that belong to them; the others are passed over.
+  """
+
+  key: str
+  source: str
+  parts: tuple[Part, ...]
+  theirs: str = ''
+
+
 def load(config, system: nnx.Module, variables: Mapping) -> dict:
   """Variables of a system, with those that the config wants read from files.
 
-  `config.model.init` fills the teacher and, if it has them, the students,
-  which else keep their initial values. `config.model.backbone.init` fills the
-  backbone, in place of that of `model.init` if both are given.
+  What is loaded is the system's table, `system.sources(config)`: a later row
+  wins over an earlier one.
 
   Args:
     config: see `configs/common.py`.
@@ -49,23 +82,22 @@ def load(config, system: nnx.Module, variables: Mapping) -> dict:
     ValueError: it is damaged, of other weights, or does not fit; the message
       is the sorted difference.
   """
-  whole, backbone = config.model.init, config.model.backbone.init
-  if not (whole or backbone):
-    if config.model.dont_load:
+  table = [row for row in system.sources(config) if row.source]
+  patterns = tuple(_patterns(config.model.dont_load))
+  if not table:
+    if patterns:
       raise ValueError(
         f'model.dont_load={config.model.dont_load} without model.init or '
         'model.backbone.init: nothing is loaded'
       )
     return dict(variables)
-  check_fields(config)
+  check_fields(config, table)
   result, used = dict(variables), set()
-  patterns = tuple(_patterns(config.model.dont_load))
-  for source, alone in ((whole, False), (backbone, True)):
-    if source:
-      others = (f'{BACKBONE}.*',) if backbone and not alone else ()
-      leave = _Leave(patterns + others, variables)
-      result |= _read(source, system, result, leave, alone)
-      used |= leave.used
+  for i, row in enumerate(table):
+    later = {part.path for other in table[i + 1 :] for part in other.parts}
+    leave = _Leave(patterns, [f'{re.escape(x)}.*' for x in later], variables)
+    result |= _read(row, result, leave)
+    used |= leave.used
   if unused := sorted(set(patterns) - used):
     raise ValueError(
       f'model.dont_load: {unused[0]!r} matches no name in the files and no '
@@ -74,106 +106,91 @@ def load(config, system: nnx.Module, variables: Mapping) -> dict:
   return result
 
 
-def check_fields(config) -> None:
+def check_fields(config, table: Iterable[Source]) -> None:
   """Raises ValueError where a config does not suit the weights it names."""
-  for key in ('model.init', 'model.backbone.init'):
-    source = _field(config, key)
-    if source not in hub.PUBLISHED:
+  for row in table:
+    if row.source not in hub.PUBLISHED:
       continue
-    entry = hub.PUBLISHED[source]
-    if (entry.model == 'backbone') != (key == 'model.backbone.init'):
-      right = (
-        'model.init'
-        if key == 'model.backbone.init'
-        else ('model.backbone.init')
-      )
+    entry = hub.PUBLISHED[row.source]
+    of_backbone = row.key.endswith('backbone.init')
+    if (entry.model == 'backbone') != of_backbone:
+      stem = row.key.removesuffix('.init').removesuffix('.backbone')
+      right = f'{stem}.init' if of_backbone else f'{stem}.backbone.init'
       raise ValueError(
-        f'{source} is a {entry.model}: give it as config.{right}'
+        f'{row.source} is a {entry.model}: give it as config.{right}'
       )
     for name, value in entry.fields.items():
       if _field(config, name) != value:
         raise ValueError(
-          f'{key}={source} needs config.{name}={value!r}, and the config says '
-          f'{_field(config, name)!r}'
+          f'{row.key}={row.source} needs config.{name}={value!r}, and the '
+          f'config says {_field(config, name)!r}'
         )
 
 
 def from_tensors(
   tensors: Mapping[str, np.ndarray],
-  system: nnx.Module,
+  parts: Sequence[Part],
   *,
-  alone: bool,
   leave: Iterable[str] = (),
 ) -> Arrays:
   """A torch state dict as {path: array}, strict both ways.
 
   Args:
     tensors: {torch name: array}, perhaps with prefixes such as 'module.'.
-    system: has `teacher` and perhaps `student`; may be abstract.
-    alone: whether it is a backbone's, not a whole model's.
+    parts: what it fills; modules may be abstract.
     leave: regular expressions of names, or of paths, that are left out.
 
   Raises:
     ValueError: the two differ; the message is the sorted difference.
   """
-  shapes = params.shapes(system)
-  return _fitted(tensors, system, _Leave(leave, shapes), alone)
+  return _fitted(tensors, parts, _Leave(leave, (), shapes_of(parts)))
 
 
-def to_tensors(arrays: Arrays, system: nnx.Module, *, alone: bool) -> Arrays:
+def to_tensors(arrays: Arrays, parts: Sequence[Part]) -> Arrays:
   """{torch name: array} that the original loads strictly.
 
   Has what PyTorch keeps beside parameters, and an empty classifier, too.
 
   Args:
-    arrays: {path: array} of the system.
-    system: has `teacher` and perhaps `student`; may be abstract.
-    alone: whether to give the backbone alone.
+    arrays: {path: array} of the system; what is of other parts is left.
+    parts: what to give.
 
   Raises:
-    ValueError: the original has no such students.
+    ValueError: the original has no such module.
   """
-  student = None if alone else getattr(system, 'student', None)
-  _check_student(student)
-  wanted = {
-    path: x
-    for path, x in arrays.items()
-    if path.startswith(BACKBONE) or not alone
-  }
-  tables = _backbone_file(system).TABLES
-  found = params.to_torch(wanted, _rules(system, tables[0], alone))
-  prefix = '' if alone else 'feature_extractor.'
-  unused = _backbone_file(system).torch_unused(system.teacher.backbone)
-  found |= buffers(system, alone)
-  found |= {prefix + name: x for name, x in unused.items()}
-  if student is None:
-    return found
-  return {
-    name if name.startswith('student.') else f'teacher.{name}': x
-    for name, x in found.items()
-  }
-
-
-def buffers(system: nnx.Module, alone: bool) -> Arrays:
-  """What PyTorch keeps beside a system's parameters, {torch name: array}."""
-  teacher = system.teacher
-  found = _backbone_file(system).torch_buffers(teacher.backbone)
-  if alone:
-    return found
-  found = {f'feature_extractor.{name}': x for name, x in found.items()}
-  if teacher.positional:
-    tables = dcama.torch_buffers(teacher)
-    found |= {f'model.{name}': x for name, x in tables.items()}
+  found = {}
+  for part in parts:
+    mine = {
+      path.removeprefix(part.path): x
+      for path, x in arrays.items()
+      if path.startswith(part.path)
+    }
+    tensors = {
+      **params.to_torch(mine, part.module.torch_tables()[0]),
+      **part.module.torch_buffers(),
+      **part.module.torch_unused(),
+    }
+    found |= {f'{part.names}{name}': x for name, x in tensors.items()}
   return found
+
+
+def shapes_of(parts: Sequence[Part]) -> dict[str, tuple[int, ...]]:
+  """{path within the system: shape} of all that the parts hold."""
+  return {
+    f'{part.path}{path}': shape
+    for part in parts
+    for path, shape in params.shapes(part.module).items()
+  }
 
 
 def from_folder(folder: pathlib.Path) -> Arrays:
   """{path: array} of a run's folder, or of one that `convert` wrote."""
+  # 'rest' is what an older version called the buffers.
   leaves = checkpoint.load(folder / 'checkpoints')
   return {
     path.partition('/')[2]: x
     for path, x in leaves.items()
-    if path.partition('/')[0] in ('params', 'frozen', 'rest')
+    if path.partition('/')[0] in ('params', 'frozen', 'rest', 'buffers')
   }
 
 
@@ -209,9 +226,15 @@ class _Leave:
   used: the patterns that have matched something.
   """
 
-  def __init__(self, patterns: Iterable[str], paths: Iterable[str]):
+  def __init__(
+    self,
+    patterns: Iterable[str],
+    others: Iterable[str],
+    paths: Iterable[str],
+  ):
+    """Takes what the user gave, what else stays out, and the model's paths."""
     self._expressions, self.used = {}, set()
-    for pattern in _patterns(patterns):
+    for pattern in (*_patterns(patterns), *others):
       try:
         self._expressions[pattern] = re.compile(pattern)
       except re.error as error:
@@ -231,45 +254,66 @@ class _Leave:
     return found
 
 
-def _read(source, system, variables, leave, alone):
-  """What a file or folder gives, {path: array}."""
-  found = hub.find(source.partition('#')[0])
+def _read(row, variables, leave):
+  """What a row's file or folder gives, {path: array}."""
+  found = hub.find(row.source.partition('#')[0])
   if found.is_dir():
-    given = from_folder(found)
+    given = _of_folder(from_folder(found), row)
     left = leave.matched(given)
-    given = {
-      path: x
-      for path, x in given.items()
-      if path not in left and (path.startswith(BACKBONE) or not alone)
-    }
+    given = {path: x for path, x in given.items() if path not in left}
   else:
-    given = _fitted(read_file(source), system, leave, alone)
+    tensors = read_file(row.source)
+    if row.theirs:
+      tensors = _below(tensors, row.theirs, row.source)
+    given = _fitted(tensors, row.parts, leave)
+  wanted = _wanted(variables, given, row.parts) - leave.paths
   loaded = params.merge(
-    {
-      path: x
-      for path, x in variables.items()
-      if path in _wanted(variables, given, alone) - leave.paths
-    },
-    given,
+    {path: x for path, x in variables.items() if path in wanted}, given
   )
-  logging.info('%s: %d parameters read', source, len(loaded))
+  logging.info('%s: %d parameters read', row.source, len(loaded))
   return loaded
 
 
-def _wanted(paths, given, alone):
-  """The paths to fill: the backbone's, or all but students not given."""
-  students = any(path.startswith(_STUDENT) for path in given)
+def _below(names, prefix, source):
+  """What has a prefix, without it."""
+  found = {
+    name.removeprefix(prefix): x
+    for name, x in names.items()
+    if name.startswith(prefix)
+  }
+  if not found:
+    raise ValueError(f'nothing in {source} has a name that begins {prefix!r}')
+  return found
+
+
+def _of_folder(arrays, row):
+  """What of a folder's arrays belongs to a row, under the system's paths."""
+  if row.theirs:
+    [part] = row.parts
+    below = _below(arrays, row.theirs, row.source)
+    return {f'{part.path}{path}': x for path, x in below.items()}
+  paths = tuple(part.path for part in row.parts)
+  return {path: x for path, x in arrays.items() if path.startswith(paths)}
+
+
+def _wanted(paths, given, parts):
+  """The paths to fill: those of the parts, but optional ones not given."""
+  absent = tuple(
+    part.path
+    for part in parts
+    if part.optional and not any(x.startswith(part.path) for x in given)
+  )
   return {
     path
     for path in paths
-    if path.startswith(BACKBONE)
-    or not (alone or (path.startswith(_STUDENT) and not students))
+    if path.startswith(tuple(part.path for part in parts))
+    and not (absent and path.startswith(absent))
   }
 
 
-def _fitted(tensors, system, leave, alone):
+def _fitted(tensors, parts, leave):
   """A torch state dict as {path: array}; see `from_tensors`."""
-  rules, names = _best(tensors, system, alone)
+  rules, names = _best(tensors, parts)
   tensors = {names[name]: x for name, x in tensors.items()}
   places = params.places(tensors, rules)
   left = leave.matched(tensors)
@@ -278,9 +322,9 @@ def _fitted(tensors, system, leave, alone):
     for name, x in tensors.items()
     if name not in left and places.get(name) not in leave.paths
   }
-  _check_buffers(tensors, buffers(system, alone))
-  shapes = params.shapes(system)
-  wanted = _wanted(shapes, places.values(), alone) - leave.paths
+  _check_buffers(tensors, _buffers(parts))
+  shapes = shapes_of(parts)
+  wanted = _wanted(shapes, places.values(), parts) - leave.paths
   return params.from_torch(
     tensors,
     rules,
@@ -294,47 +338,53 @@ def _field(config, name):
   return config
 
 
-def _backbone_file(system):
-  """The file that a system's backbone is from: its tables stand there."""
-  return sys.modules[type(system.teacher.backbone).__module__]
+def _buffers(parts):
+  """What PyTorch keeps beside parameters, {torch name: array}."""
+  return {
+    f'{_names(part, parts)}{name}': x
+    for part in parts
+    for name, x in part.module.torch_buffers().items()
+  }
 
 
-def _check_student(student):
-  if student is not None and not isinstance(student, distilled.FullDistiller):
-    raise ValueError(
-      f'{type(student).__name__} has no counterpart in the original: only '
-      "student='full' has"
+def _names(part, parts):
+  """Prefix of a part's names; that of the first is cut off while reading.
+
+  A teacher alone and a teacher with students are the same tensors but for it.
+  """
+  return '' if part is parts[0] else part.names
+
+
+def _tables(parts):
+  """The tables of rules of all parts together, one for each naming."""
+  each = [_known_tables(part) for part in parts]
+  for i in range(max(map(len, each))):
+    yield tuple(
+      rule
+      for part, tables in zip(parts, each, strict=True)
+      for rule in params.prefixed(
+        tables[min(i, len(tables) - 1)], _names(part, parts), part.path
+      )
     )
 
 
-def _rules(system, backbone, alone):
-  """The table of a whole model, or of its backbone alone."""
-  if alone:
-    return tuple((name, BACKBONE + path, kind) for name, path, kind in backbone)
-  parts = [
-    ('feature_extractor', BACKBONE, backbone),
-    ('model', 'teacher/', dcama.TORCH_NAMES),
-  ]
-  if isinstance(getattr(system, 'student', None), distilled.FullDistiller):
-    parts.append(('student', _STUDENT, distilled.TORCH_NAMES))
-  return tuple(
-    (rf'{part}\.{name}', place + path, kind)
-    for part, place, table in parts
-    for name, path, kind in table
-  )
+def _known_tables(part):
+  """A part's tables; none where files have no such module."""
+  try:
+    return part.module.torch_tables()
+  except ValueError:
+    if part.optional:
+      return ((),)
+    raise
 
 
-def _best(tensors, system, alone):
+def _best(tensors, parts):
   """The table and the names, without prefixes, that claim most tensors."""
-  found = []
-  for table in _backbone_file(system).TABLES:
-    rules = _rules(system, table, alone)
+  found, first = [], parts[0].names
+  for rules in _tables(parts):
     names = {name: name for name in tensors}
     for _ in range(1 + _WRAPPERS):
-      plain = {
-        name: short if alone else short.removeprefix('teacher.')
-        for name, short in names.items()
-      }
+      plain = {name: short.removeprefix(first) for name, short in names.items()}
       claimed = len(params.places(plain.values(), rules))
       if len(set(plain.values())) == len(plain):
         found.append((claimed, rules, plain))

@@ -6,25 +6,28 @@ import pkgutil
 import jax
 from flax import nnx
 
-from distillfss_jax import backbones, optim, params
-from distillfss_jax.models import dcama
+from distillfss_jax import optim, params
+
+_NO_SYSTEMS = ('adapted', 'base')  # what systems share
 
 
 def names() -> tuple[str, ...]:
   """The systems that exist, by file."""
   found = {module.name for module in pkgutil.iter_modules(__path__)}
-  return tuple(sorted(found - {'base'}))
+  return tuple(sorted(found.difference(_NO_SYSTEMS)))
 
 
 def build(config, ways: int):
   """A config's system without numbers, and a function that makes them.
+
+  A system's file has `build(config, ways, rngs)`, which makes its models, too.
 
   Args:
     config: see `configs/common.py`.
     ways: number of foreground classes.
 
   Returns:
-    The system as an abstract NNX module, the set of its trainable paths, and a
+    The system as an abstract NNX module that knows what `trains`, and a
     function without arguments that gives {path: array}, drawn from the seed.
 
   Raises:
@@ -35,39 +38,13 @@ def build(config, ways: int):
       f'no system {config.system!r}; there are: {", ".join(names())}'
     )
   module = importlib.import_module(f'{__name__}.{config.system}')
-  model = config.model
-
-  def make(rngs, backbone_trains):
-    backbone = backbones.build(
-      model.backbone.name,
-      image_size=config.data.image_size,
-      rngs=rngs,
-      **model.backbone.fields,
-    )
-    teacher = dcama.DCAMA(
-      backbone,
-      heads=model.heads,
-      dropout=model.dropout,
-      positional=model.positional,
-      concat_support=model.concat_support,
-      voting=model.voting or None,
-      mix_size=model.mix_size or None,
-      dtype=model.dtype,
-      rngs=rngs,
-    )
-    return module.build(config, teacher, ways, backbone_trains, rngs)
-
-  def abstract(backbone_trains):
-    return nnx.eval_shape(lambda: make(nnx.Rngs(0), backbone_trains))
-
-  system = abstract(False)
+  system = nnx.eval_shape(lambda: module.build(config, ways, nnx.Rngs(0)))
   paths = params.shapes(nnx.state(system, nnx.Param))
-  moved = optim.trainable(config.optim.trainable, paths)
-  if any(path.startswith('teacher/backbone/') for path in moved):
-    system = abstract(True)
+  system.trains = frozenset(
+    optim.trainable(config.optim.trainable, paths, system.sets())
+  )
 
   def draw():
-    rngs = nnx.Rngs(config.seed)
-    return params.flatten(make(rngs, system.backbone_trains))
+    return params.flatten(module.build(config, ways, nnx.Rngs(config.seed)))
 
-  return system, moved, jax.jit(draw)
+  return system, jax.jit(draw)

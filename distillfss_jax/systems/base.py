@@ -1,208 +1,103 @@
-"""What every system adapted on a support set shares.
+"""What every system is: models, what is minimised, what follows a step.
 
-The support images are encoded once: a `Bank` holds their pyramids, and an
-episode is a row of indices into it, the query first. Only where the backbone
-itself changes, or is noisy, are images encoded in the step.
+A step (`train_step.py`) knows a system by this alone. It takes a batch, any
+pytree whose arrays have a leading axis of items, asks for `losses`, and moves
+the parameters. Whether the images of a batch see each other, how losses are
+summed, what state comes out of a step: the system says it, and no line below
+asks for its name.
 """
 
 import abc
+from collections.abc import Mapping
+from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distillfss_jax.backbones import resnet
-from distillfss_jax.models.base import FewShotSegmenter
 from distillfss_jax.ops import metrics
-from distillfss_jax.types import (
-  VOID,
-  Array,
-  Prediction,
-  Pyramid,
-  Support,
-)
+from distillfss_jax.pretrained import weights
+from distillfss_jax.types import Array, Items, Losses, Prediction, Support
 
 
-@flax.struct.dataclass
-class Bank:
-  """The support set of an adaptation, on the device.
-
-  images [M, H, W, 3] uint8, labels [M, H, W] int32, present [M, n] bool.
-  pyramid: [M, l, h, w, c] per stage, or None where the step encodes.
-  statistics: {path of a running statistic: [M, c]} of each image's own forward,
-    or {} where the backbone keeps its own.
-  """
-
-  images: Array
-  labels: Array
-  present: Array
-  pyramid: Pyramid | None
-  statistics: dict[str, Array]
-
-
-class AdaptedSystem(nnx.Module):
-  """A few-shot segmenter, perhaps with students, adapted on a support set.
-
-  Args:
-    teacher: the segmenter.
-    ways: number of foreground classes.
-    backbone_mode: 'frozen' leaves the backbone in evaluation mode; 'reference'
-      does what the original's `model.train()` does to it.
-    backbone_trains: whether the optimiser changes the backbone.
+class System(nnx.Module):
+  """Models under training.
 
   Attributes:
+    ways: number of foreground classes.
+    takes: the type of batch: `Table`, `Episode` or `Dense`.
     roles: what `predict` answers as, the first being the system's product.
+    trains: paths of the parameters that the optimiser moves; `systems.build`
+      sets it.
+    stacked: regular expressions of paths whose arrays have a leading axis of
+      ways, each of which is optimised on its own; see `seen`.
+    coupled: whether the images of a batch see each other (batch statistics,
+      norms over a batch, queues). `losses` then gets all items of a device at
+      once, reaches those of the others over `items.axis`, and may change the
+      buffers of its modules in place: that is the state after the update.
+      Otherwise items are independent, and the step chooses how many go
+      together.
+    updates: the optimiser's updates of a batch, one after the other; `losses`
+      is told which.
   """
 
-  # Parity: the original's training mode reaches its frozen backbone. A ResNet
-  # then normalises each image by its own statistics, which also move the
-  # running statistics that the test uses; a Swin drops paths at random.
-  # 'reference' does the same, 'frozen' is the evident intent.
-
+  ways: int
+  takes: type
   roles: tuple[str, ...]
-
-  def __init__(
-    self,
-    teacher: FewShotSegmenter,
-    ways: int,
-    *,
-    backbone_mode: str = 'frozen',
-    backbone_trains: bool = False,
-  ):
-    if backbone_mode not in ('frozen', 'reference'):
-      raise ValueError(
-        f"backbone_mode is 'frozen' or 'reference', not {backbone_mode!r}"
-      )
-    self.teacher, self.ways = teacher, ways
-    self.backbone_mode = backbone_mode
-    self.backbone_trains = backbone_trains
+  trains: frozenset[str] = frozenset()
+  stacked: tuple[str, ...] = ()
+  coupled: bool = False
+  updates: tuple[Any, ...] = (None,)
 
   @abc.abstractmethod
-  def losses(
-    self, bank: Bank, table: Array, keys: Array
-  ) -> tuple[Array, dict[str, Array], dict[str, Array]]:
-    """Losses of a batch of episodes.
+  def losses(self, shared: Any, batch: Any, items: Items) -> Losses:
+    """What a batch says; `shared` is what all steps read."""
 
-    Args:
-      bank: the support set.
-      table: [b, 1+s] int32, indices into it, the query first.
-      keys: [b] JAX keys.
-
-    Returns:
-      What is minimised [b]; parts of it by name, each [b]; and per role the
-      confusion counts [b, 1+n, 1+n] on the queries.
-    """
-
+  @abc.abstractmethod
   def predict(
-    self, images: Array, memory, roles: tuple[str, ...]
+    self, images: Array, memory: Any, roles: tuple[str, ...]
   ) -> dict[str, Prediction]:
-    """Predictions by role for images [b, H, W, 3], at their own size.
+    """Predictions by role for images [b, H, W, 3], at their own size."""
 
-    Here of systems that have the teacher alone.
-    """
-    pyramid = self.teacher.encode(images)
-    size = images.shape[1:3]
-    return {role: self.teacher.segment(pyramid, memory, size) for role in roles}
+  def memorize(self, support: Support) -> Any:
+    """What `predict` needs of a support set; None where there is none."""
+    del support
 
-  def memorize(self, support: Support):
-    """The teacher's memory of a support set."""
-    pyramid = self.teacher.encode(support.images)
-    return self.teacher.memorize(pyramid, support.masks, support.present)
+  def shared(self, *arrays: Array) -> Any:
+    """What all steps read, made once; () for nothing."""
+    del arrays
+    return ()
 
-  def bank(self, images: Array, labels: Array) -> Bank:
-    """Encodes the support set once, as the training step will see it."""
-    labels = labels.astype(jnp.int32)
-    present = masks_of(labels, self.ways).any((1, 2))
-    pyramid, statistics = None, {}
-    if not self._encodes_in_step:
-      # One image at a time: the batch must not decide how much memory it takes.
-      if self._own_statistics:
+  def scale(self, count: Array) -> Array:
+    """What the sum of the losses of `count` items is multiplied by."""
+    return 1 / count
 
-        def encode(image):
-          x, own = self.teacher.backbone.encode_with_statistics(
-            self.teacher.normalised(image[None])
-          )
-          return self.teacher.select(x), own
-
-        pyramid, statistics = jax.lax.map(encode, images)
-        pyramid = tuple(x[:, 0] for x in pyramid)
-        statistics = {
-          f'teacher/backbone/{path}': x[:, 0] for path, x in statistics.items()
-        }
-      else:
-        pyramid = jax.lax.map(self.teacher.encode, images)
-    return Bank(images, labels, present, pyramid, statistics)
+  def seen(self, shared: Any, batch: Any, items: Items) -> Array | None:
+    """[n] bool: which ways the items held here show, of `stacked` systems."""
+    del shared, batch, items
 
   def after_step(
-    self,
-    rest: dict[str, Array],
-    bank: Bank,
-    table: Array,
-    valid: Array,
+    self, buffers: dict[str, Array], shared: Any, batch: Any, items: Items
   ) -> dict[str, Array]:
-    """Module state (BatchNorm) after the episodes of a step were seen."""
-    if not bank.statistics:
-      return rest
-    # The original encodes a query and its supports anew for every way.
-    visits = jnp.repeat(table[:, None], self.ways, axis=1)
-    has_way = bank.present[table[:, 1:]].any(1)
-    seen = jnp.broadcast_to((valid[:, None] & has_way)[..., None], visits.shape)
-    # A shot that is no example of the way is not encoded for it.
-    shots = bank.present[table[:, 1:]].swapaxes(1, 2)
-    seen = seen & jnp.concatenate([jnp.ones_like(shots[..., :1]), shots], -1)
-    return rest | resnet.update_statistics(
-      rest, bank.statistics, visits.reshape(-1), seen.reshape(-1)
-    )
+    """The buffers after the items of a step were seen; not where coupled."""
+    del shared, batch, items
+    return buffers
 
-  def _episode(self, bank: Bank, table: Array, keys: Array):
-    """Query pyramid, its labels, and the support as `memorize` takes it."""
-    pyramid = self._features(bank, table, keys)
-    query = tuple(x[:, 0] for x in pyramid)
-    shots = tuple(x[:, 1:] for x in pyramid)
-    masks = masks_of(bank.labels[table[:, 1:]], self.ways)
-    present = bank.present[table[:, 1:]]
-    labels = bank.labels[table[:, 0]]
-    # A way that no shot of the episode shows is background in its query.
-    known = jnp.concatenate(
-      [jnp.ones_like(present[:, 0, :1]), present.any(1)], 1
-    )
-    index = jnp.where(labels == VOID, 0, labels)
-    shown = jax.vmap(lambda known, i: known[i])(known, index)
-    return query, jnp.where(shown, labels, 0), (shots, masks, present)
+  def sources(self, config) -> tuple[weights.Source, ...]:
+    """What is loaded before a run, and whereto; see `weights.load`."""
+    del config
+    return ()
 
-  def _features(self, bank: Bank, table: Array, keys: Array) -> Pyramid:
-    """[b, 1+s, l, h, w, c] per stage."""
-    if bank.pyramid is not None:
-      return tuple(x[table] for x in bank.pyramid)
-    images = bank.images[table]
-    if self.backbone_mode == 'frozen':
-      return self.teacher.encode(images)
-    flat = self.teacher.normalised(images.reshape(-1, *images.shape[2:]))
-    if self._own_statistics:
-      pyramid, _ = self.teacher.backbone.encode_with_statistics(flat)
-    else:
-      # A key for each image, so that its noise is its own.
-      each = jax.vmap(lambda key: jax.random.split(key, table.shape[1]))(keys)
+  def sets(self) -> Mapping[str, tuple[str, ...]]:
+    """Named sets of parameters for `config.optim.trainable`: {name: regex}."""
+    return {}
 
-      def encode(image, key):
-        x = self.teacher.backbone(image[None], train=True, key=key)
-        return tuple(y[0] for y in x)
 
-      pyramid = jax.vmap(encode)(flat, each.reshape(-1))
-    pyramid = self.teacher.select(pyramid)
-    return tuple(x.reshape(*table.shape, *x.shape[1:]) for x in pyramid)
-
-  @property
-  def _own_statistics(self) -> bool:
-    return self.backbone_mode == 'reference' and hasattr(
-      self.teacher.backbone, 'encode_with_statistics'
-    )
-
-  @property
-  def _encodes_in_step(self) -> bool:
-    noisy = self.backbone_mode == 'reference' and not self._own_statistics
-    return self.backbone_trains or noisy
+def everywhere(tree: Any, items: Items) -> Any:
+  """The items of all devices, in the devices' order."""
+  if items.axis is None:
+    return tree
+  return jax.lax.all_gather(tree, items.axis, tiled=True)
 
 
 def masks_of(labels: Array, ways: int) -> Array:

@@ -8,13 +8,15 @@ students and decoder are the model, and no support is needed.
 import jax
 import jax.numpy as jnp
 
+from distillfss_jax import models
 from distillfss_jax.models import distilled
 from distillfss_jax.ops import losses
-from distillfss_jax.systems import base
-from distillfss_jax.types import Prediction
+from distillfss_jax.pretrained import weights
+from distillfss_jax.systems import adapted, base
+from distillfss_jax.types import Losses, Prediction
 
 
-class DistillFSS(base.AdaptedSystem):
+class DistillFSS(adapted.AdaptedSystem):
   """A teacher and its students, by the three-term loss.
 
   Args:
@@ -23,10 +25,11 @@ class DistillFSS(base.AdaptedSystem):
     weights: of the teacher's focal loss, the student's, and the distance of
       their coarse maps; their sum divides.
     detach: whether the coarse maps only pull the student.
-    (others): see `AdaptedSystem`.
+    **kwargs: see `AdaptedSystem`.
   """
 
   roles = ('student', 'teacher')
+  stacked = (r'student/.*',)
 
   # Parity: the original ignores weights given in its configs and always takes
   # thirds; here they count, and thirds are the default.
@@ -45,21 +48,21 @@ class DistillFSS(base.AdaptedSystem):
     **kwargs,
   ):
     super().__init__(teacher, ways, **kwargs)
-    if teacher.voting:
-      raise ValueError(
-        f'model.voting={teacher.voting}: a student imitates one coarse map per '
-        'way, not one per vote; set model.voting=None'
-      )
-    if teacher.concat_support:
-      raise ValueError(
-        'model.concat_support=True: the decoder would need support maps, which '
-        'a student does not have; set it to False'
-      )
+    if reason := teacher.unteachable():
+      raise ValueError(reason)
     self.student = student
     self.gamma, self.weights, self.detach = gamma, tuple(weights), detach
 
-  def losses(self, bank, table, keys):
-    query, labels, support = self._episode(bank, table, keys)
+  def sets(self):
+    return {**super().sets(), 'student': (r'student/.*',)}
+
+  def parts(self):
+    student = weights.Part('student/', self.student, 'student.', optional=True)
+    return (*super().parts(), student)
+
+  def losses(self, shared, batch, items):
+    keys = items.keys
+    query, labels, support = self.episode(shared, batch.rows, keys)
     memory = self.teacher.memorize(*support, train=True, keys=keys)
     taught = self.teacher.correlate(query, memory, train=True, keys=keys)
     learnt = self.student(query)
@@ -84,11 +87,11 @@ class DistillFSS(base.AdaptedSystem):
       weight * part
       for weight, part in zip(self.weights, parts.values(), strict=True)
     )
-    confusions = {
-      'student': base.confusion(labels, student),
-      'teacher': base.confusion(labels, teacher),
+    counts = {
+      'support_miou/student': base.confusion(labels, student),
+      'support_miou/teacher': base.confusion(labels, teacher),
     }
-    return total / sum(self.weights), parts, confusions
+    return Losses(total / sum(self.weights), parts, counts)
 
   def predict(self, images, memory, roles=roles) -> dict[str, Prediction]:
     pyramid = self.teacher.encode(images)
@@ -101,16 +104,10 @@ class DistillFSS(base.AdaptedSystem):
     return {role: answer[role]() for role in roles}
 
 
-def build(config, teacher, ways, backbone_trains, rngs):
-  """The system of a config."""
-  if config.student not in distilled.variants:
-    raise ValueError(
-      f'no student {config.student!r}; there are: '
-      f'{", ".join(sorted(distilled.variants))}'
-    )
-  student = distilled.variants[config.student](
-    ways, teacher.backbone.channels, rngs=rngs
-  )
+def build(config, ways, rngs):
+  """The system of a config, with models of its own."""
+  teacher = models.build(config.model, config.data.image_size, rngs)
+  student = distilled.build(config.student, ways, teacher, rngs)
   return DistillFSS(
     teacher,
     ways,
@@ -119,5 +116,5 @@ def build(config, teacher, ways, backbone_trains, rngs):
     weights=(config.loss.teacher, config.loss.student, config.loss.coarse),
     detach=config.loss.detach,
     backbone_mode=config.backbone_mode,
-    backbone_trains=backbone_trains,
+    loss_scale=config.loss.scale,
   )

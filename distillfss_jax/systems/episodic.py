@@ -7,20 +7,21 @@ teachers of DistillFSS were trained with (2512.05613, section 4; 2207.08549).
 
 import jax.numpy as jnp
 
+from distillfss_jax import models
 from distillfss_jax.ops import losses
-from distillfss_jax.systems import base
-from distillfss_jax.types import VOID
+from distillfss_jax.systems import adapted, base
+from distillfss_jax.types import VOID, Episode, Items, Losses
 
 
-class Episodic(base.AdaptedSystem):
+class Episodic(adapted.AdaptedSystem):
   """The segmenter alone, by cross-entropy and that of its coarse maps.
 
   Args:
     weights: of the cross-entropy of the logits, and of the coarse maps'.
-    (others): see `AdaptedSystem`.
+    **kwargs: see `AdaptedSystem`.
   """
 
-  roles = ('teacher',)
+  takes, roles = Episode, ('teacher',)
 
   def __init__(self, teacher, ways, *, weights=(0.5, 2.0), **kwargs):
     super().__init__(teacher, ways, **kwargs)
@@ -28,18 +29,33 @@ class Episodic(base.AdaptedSystem):
       raise ValueError(f'an episode of a source has one way, not {ways}')
     self.weights = tuple(weights)
 
-  def losses(self, bank, table, keys):
-    # They come as bytes: each step has others.
-    bank = bank.replace(labels=bank.labels.astype(jnp.int32))
-    query, labels, support = self._episode(bank, table, keys)
-    memory = self.teacher.memorize(*support, train=True, keys=keys)
+  def shared(self):
+    """Nothing: every step has images of its own."""
+    return ()
+
+  def seen(self, shared, batch, items):
+    return None
+
+  def after_step(self, buffers, shared, batch, items):
+    return buffers
+
+  def losses(self, shared, batch: Episode, items: Items):
+    keys, support = items.keys, batch.support
+    images = jnp.concatenate([batch.images[:, None], support.images], 1)
+    query, shots = self.encode_episodes(images, support.masks, keys)
+    # Where no shot shows the class, the query is background.
+    known = support.present.any((1, 2))[:, None, None]
+    labels = jnp.where(known, batch.labels.astype(jnp.int32), 0)
+    # Parity: what is void trains as background; only scores leave it out.
+    masks = jnp.where(labels == VOID, 0, labels)
+    memory = self.teacher.memorize(
+      shots, support.masks, support.present, train=True, keys=keys
+    )
     coarse = self.teacher.correlate(query, memory, train=True, keys=keys)
     logits = self.teacher.decode(query, coarse, memory)
     prediction = self.teacher.conclude(
       logits, coarse, memory.present, labels.shape[1:]
     )
-    # Parity: what is void trains as background; only scores leave it out.
-    masks = jnp.where(labels == VOID, 0, labels)
     parts = {
       'logits': losses.focal(prediction.logits, masks, gamma=0),
       'coarse': losses.map_bce(coarse, masks.astype(jnp.float32)),
@@ -48,16 +64,16 @@ class Episodic(base.AdaptedSystem):
       weight * part
       for weight, part in zip(self.weights, parts.values(), strict=True)
     )
-    return total, parts, {'teacher': base.confusion(labels, prediction)}
+    counts = {'train_miou/teacher': base.confusion(labels, prediction)}
+    return Losses(total, parts, counts)
 
 
-def build(config, teacher, ways, backbone_trains, rngs):
-  """The system of a config."""
-  del rngs
+def build(config, ways, rngs):
+  """The system of a config, with a model of its own."""
   return Episodic(
-    teacher,
+    models.build(config.model, config.data.image_size, rngs),
     ways,
     weights=(config.loss.logits, config.loss.maps),
     backbone_mode=config.backbone_mode,
-    backbone_trains=backbone_trains,
+    loss_scale=config.loss.scale,
   )

@@ -4,16 +4,18 @@ Every support image in turn is the query of an episode whose support are the
 others (2512.05613, section 3). At test time the support is still needed.
 """
 
+from distillfss_jax import models
 from distillfss_jax.ops import losses
-from distillfss_jax.systems import base
+from distillfss_jax.systems import adapted, base
+from distillfss_jax.types import Losses
 
 
-class TransferFSS(base.AdaptedSystem):
+class TransferFSS(adapted.AdaptedSystem):
   """The teacher alone, by focal loss.
 
   Args:
     gamma: of the focal loss.
-    (others): see `AdaptedSystem`.
+    **kwargs: see `AdaptedSystem`.
   """
 
   roles = ('teacher',)
@@ -22,23 +24,24 @@ class TransferFSS(base.AdaptedSystem):
     super().__init__(teacher, ways, **kwargs)
     self.gamma = gamma
 
-  def losses(self, bank, table, keys):
-    query, labels, support = self._episode(bank, table, keys)
+  def losses(self, shared, batch, items):
+    keys = items.keys
+    query, labels, support = self.episode(shared, batch.rows, keys)
     memory = self.teacher.memorize(*support, train=True, keys=keys)
     prediction = self.teacher.segment(
       query, memory, labels.shape[1:], train=True, keys=keys
     )
     loss = losses.focal(prediction.logits, labels, self.gamma)
-    return loss, {}, {'teacher': base.confusion(labels, prediction)}
+    counts = {'support_miou/teacher': base.confusion(labels, prediction)}
+    return Losses(loss, {}, counts)
 
 
-def build(config, teacher, ways, backbone_trains, rngs):
-  """The system of a config."""
-  del rngs
+def build(config, ways, rngs):
+  """The system of a config, with a model of its own."""
   return TransferFSS(
-    teacher,
+    models.build(config.model, config.data.image_size, rngs),
     ways,
     gamma=config.loss.gamma,
     backbone_mode=config.backbone_mode,
-    backbone_trains=backbone_trains,
+    loss_scale=config.loss.scale,
   )

@@ -1,4 +1,4 @@
-"""What runs are about: adaptation to a support set, or training on a source."""
+"""What runs are about: adapting to a support set, a source, dense labels."""
 
 import importlib
 import pkgutil
@@ -10,8 +10,8 @@ def names() -> tuple[str, ...]:
   return tuple(sorted(found - {'base'}))
 
 
-def build(config):
-  """The task of a config.
+def load(config):
+  """The data of a config's task, and the class of the task itself.
 
   Raises:
     ValueError: there is no such task, or the config does not fit its data.
@@ -20,4 +20,5 @@ def build(config):
     raise ValueError(
       f'no task {config.task!r}; there are: {", ".join(names())}'
     )
-  return importlib.import_module(f'{__name__}.{config.task}').Task(config)
+  module = importlib.import_module(f'{__name__}.{config.task}')
+  return module.Data(config), module.Task

@@ -1,68 +1,95 @@
-"""What the training loop does not know: a run's data, tests and pictures."""
+"""What the training loop does not know: a run's data, tests and pictures.
+
+Data are read from the config alone, before there is a folder, so that what
+does not fit is said then; a task is made of them and of what was compiled.
+"""
 
 import abc
+import dataclasses
+import hashlib
 import pathlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from distillfss_jax import train_step
+from distillfss_jax import parallel
+from distillfss_jax.evaluators.base import Scored
+from distillfss_jax.ops.metrics import Confusion
+from distillfss_jax.train_step import Program
 from distillfss_jax.types import TrainState
+from distillfss_jax.workdir import pictures
 
 
-class Task(abc.ABC):
-  """One kind of run.
-
-  It is made from the config alone, before there is a folder, so that what does
-  not fit is said then; `connect` gives it the rest.
+class Data(abc.ABC):
+  """What a config reads, checked against each other.
 
   Attributes:
     ways: foreground classes of the system.
     classes: names of those that are scored.
-    streaming: whether every step has images of its own.
+    per_epoch: steps of an epoch.
     size: how many there are to test on.
   """
 
   ways: int
   classes: tuple[str, ...]
-  streaming: bool
+  per_epoch: float
   size: int
 
-  def __init__(self, config):
-    self.config = config
+  @abc.abstractmethod
+  def ids(self) -> dict:
+    """What the run reads, for its folder: names, and a 'digest' of it all."""
 
-  def connect(
-    self,
-    compiled: train_step.Program,
-    over: jax.sharding.Mesh,
-    workdir: pathlib.Path,
-    out: Any,
-  ) -> None:
-    """Gives the compiled parts, the devices, the run's folder and writer."""
-    self.compiled, self.over = compiled, over
-    self.workdir, self.out = workdir, out
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a task lives: the compiled parts, the devices, the run's folder."""
+
+  program: Program
+  mesh: jax.sharding.Mesh
+  workdir: pathlib.Path
+  out: Any  # the metric writer
+
+
+class Task(abc.ABC):
+  """One kind of run.
+
+  Attributes:
+    gives: the type of its batches.
+    own: whether each process reads a part of each batch; else all read all.
+    steps: of the whole run.
+  """
+
+  gives: type
+  own: bool
+
+  def __init__(self, config, data: Data, place: Place, steps: int):
+    self.config, self.data, self.steps = config, data, steps
+    self.program, self.mesh = place.program, place.mesh
+    self.workdir, self.out = place.workdir, place.out
 
   @abc.abstractmethod
-  def steps(self):
+  def batches(self) -> Iterable:
     """A grain IterDataset: what each step is made of."""
 
   @abc.abstractmethod
-  def begin(self, state: TrainState) -> None:
-    """Makes what all steps share."""
+  def as_batch(self, element: Any) -> tuple[Any, np.ndarray]:
+    """Of an element of `batches`: the batch, and [b] bool what counts."""
+
+  def shared(self, state: TrainState) -> Any:
+    """What all steps read, on all devices."""
+    del state
+    return ()
 
   @abc.abstractmethod
-  def arguments(self, taken: Sequence[Any], size: int) -> tuple:
-    """Bank, tables and valid of a dispatch of `taken`, padded to `size`."""
+  def test(self, state: TrainState, show: Sequence[int] = ()) -> Scored:
+    """Scores the system; `show` are the tests to keep label maps of."""
 
-  @abc.abstractmethod
-  def test(self, state: TrainState, show: Sequence[int] = ()):
-    """Scores the system; `show` are the tests to keep label maps of.
-
-    The answer has `scores(classes)`, {'test': {role: scores}, ...}, `shown`,
-    `images` and `seconds`.
-    """
+  def validate(self, state: TrainState) -> Scored:
+    """Scores it on the way, where checkpoints are chosen; here the test."""
+    return self.test(state)
 
   def references(self, state: TrainState) -> dict:
     """Scores of what the run starts from, where the config asks for them."""
@@ -70,20 +97,74 @@ class Task(abc.ABC):
     return {}
 
   @abc.abstractmethod
-  def ids(self) -> dict:
-    """What the run reads, for its folder."""
-
-  @abc.abstractmethod
   def show_begin(self) -> None:
     """Writes pictures of what the run starts from."""
 
   @abc.abstractmethod
-  def show_end(self, scored) -> None:
+  def show_end(self, scored: Scored) -> None:
     """Writes pictures of what came of it."""
+
+  def show_support(self, images, labels, names, **how) -> None:
+    """Writes the annotated images that a run starts from, with a legend."""
+    rows = [
+      pictures.legend(self.data.classes, how['palette']),
+      pictures.support_panel(images, labels, names=names, **how),
+    ]
+    self._write_picture(0, 'support', pictures.grid(rows))
+
+  def show_answers(
+    self, name: str, image, truth, answers, *, classes, palette, below=()
+  ) -> None:
+    """Writes what was predicted of an image, beside the truth.
+
+    Args:
+      name: its id.
+      image: uint8 [H, W, 3].
+      truth: labels [H, W].
+      answers: {role: label map [H, W]}.
+      classes: names of labels 1..n.
+      palette: of labels 0..n.
+      below: more pictures.
+    """
+    scored = {
+      role: (label, Confusion.of(truth, label, 1 + len(classes)).miou)
+      for role, label in answers.items()
+    }
+    panel = pictures.query_panel(
+      image, truth, scored, name=name, palette=palette
+    )
+    rows = [pictures.legend(classes, palette), panel, *below]
+    self._write_picture(self.steps, f'test/{name}', pictures.grid(rows))
+
+  def _write_picture(self, step, tag, picture):
+    name = re.sub(r'[^\w.-]+', '_', tag)
+    pictures.save(self.workdir / 'panels' / f'{name}.png', picture)
+    self.out.write_images(step, {tag: picture[None]})
 
   def to_show(self) -> list[int]:
     """Which tests to show: some, evenly spaced."""
-    count = min(self.config.eval.panels, self.size)
+    count = min(self.config.eval.panels, self.data.size)
     if not count:
       return []
-    return [int(i) for i in np.linspace(0, self.size - 1, count)]
+    return [int(i) for i in np.linspace(0, self.data.size - 1, count)]
+
+  def variables(self, state: TrainState) -> dict[str, jax.Array]:
+    """The process-local copy of all variables."""
+    return parallel.local(state.variables)
+
+  def untrained(self, state: TrainState) -> dict:
+    """Scores of the initial model, for `references`."""
+    scored = self.test(state)
+    return scored.scores[scored.protocols[0].name]
+
+
+def digest_of(*parts: Any) -> str:
+  """A digest of arrays and texts: data that change under a run are noticed."""
+  found = hashlib.blake2b(digest_size=16)
+  for part in parts:
+    if isinstance(part, np.ndarray):
+      found.update(repr((part.shape, part.dtype.str)).encode())
+      found.update(np.ascontiguousarray(part).view(np.uint8).data)
+    else:
+      found.update(repr(part).encode())
+  return found.hexdigest()

@@ -1,6 +1,5 @@
 """Scores a few-shot segmenter on episodes, knowing it by two calls."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,48 +9,42 @@ import numpy as np
 
 from distillfss_jax import parallel
 from distillfss_jax.data import augment, core, pipeline
+from distillfss_jax.evaluators import base
 from distillfss_jax.ops import metrics
 from distillfss_jax.ops.metrics import Confusion
 from distillfss_jax.types import Support
 from distillfss_jax.workdir import writer
 
+PROTOCOL = base.Protocol(
+  'test',
+  'model',
+  'episodes of one class each; a class is scored over all its episodes '
+  'together, mIoU is the mean over classes, FB-IoU that over background and '
+  'foreground of all episodes',
+)
 
-@dataclasses.dataclass(frozen=True)
-class Scored:
-  """What an evaluation found.
 
-  counts: {role: int64 [n, 2, 2]}, pixels by (class, label, prediction).
-  shown: {episode: {role: uint8 label map}}, of those asked for.
-  seconds: how long it took; images: how many queries were scored.
+def scores(counts: np.ndarray, classes: Sequence[str]) -> dict:
+  """Numbers by name, of int64 [n, 2, 2]: pixels by (class, label, prediction).
+
+  A class is scored over all its episodes together; one without a pixel to
+  score is None, and no part of the mean. 'fb_iou' and the others are over all
+  episodes of all classes.
   """
-
-  counts: dict[str, np.ndarray]
-  shown: dict[int, dict[str, np.ndarray]]
-  seconds: float
-  images: int
-
-  def scores(self, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """{'test': {role: scores}}: 'miou' is the mean over classes.
-
-    A class is scored over all its episodes together, 0 where it has none;
-    'fb_iou' and the others over all episodes of all classes.
-    """
-    found = {}
-    for role, counts in self.counts.items():
-      each = [float(Confusion(x).iou[1]) for x in counts]
-      whole = Confusion(counts.sum(0)).scores(('foreground',))
-      found[role] = {
-        'miou': float(np.mean(each)),
-        **{
-          name: whole[name]
-          for name in ('fb_iou', 'accuracy', 'f1', 'precision', 'recall')
-        },
-        'iou': dict(zip(classes, each, strict=True)),
-      }
-    return {'test': found}
+  each = [Confusion(x).iou_or_none()[1] for x in counts]
+  known = [x for x in each if x is not None]
+  whole = Confusion(counts.sum(0)).scores(('foreground',))
+  return {
+    'miou': float(np.mean(known)) if known else None,
+    **{
+      name: whole[name]
+      for name in ('fb_iou', 'accuracy', 'f1', 'precision', 'recall')
+    },
+    'iou': dict(zip(classes, each, strict=True)),
+  }
 
 
-class Episodic:
+class Episodes(base.Evaluator):
   """Counts every pixel of the queries of a list of episodes.
 
   Args:
@@ -76,8 +69,8 @@ class Episodic:
     batch_size: int,
     workers: int = 0,
   ):
-    self._over = parallel.mesh(local=True)
-    devices, recipe = self._over.size, augment.get('none')
+    self._mesh = parallel.mesh(local=True)
+    devices, recipe = self._mesh.size, augment.get('none')
     self._batches = pipeline.listed_episodes(
       pool,
       table,
@@ -97,13 +90,14 @@ class Episodic:
     variables: Mapping[str, jax.Array],
     roles: Sequence[str],
     *,
+    memory: Any = None,
     show: Sequence[int] = (),
-  ) -> Scored:
-    """Scores `roles` of a system, showing how far it is."""
+  ) -> base.Scored:
+    del memory  # each episode has a support of its own
     begin = time.monotonic()
     mine = len(self._table[jax.process_index() :: jax.process_count()])
     progress = writer.Progress(mine, noun='episode')
-    variables = parallel.replicate(parallel.local(variables), self._over)
+    variables = parallel.replicate(parallel.local(variables), self._mesh)
     classes = len(self._pool.classes)
     counts = {role: np.zeros((classes, 2, 2), np.int64) for role in roles}
     shown, done = {}, 0
@@ -125,7 +119,14 @@ class Episodic:
     counts = {role: parallel.gather(x).sum(0) for role, x in counts.items()}
     if jax.process_count() > 1 and show:
       shown = parallel.gather_maps(shown, roles, show, self._size)
-    return Scored(counts, shown, time.monotonic() - begin, len(self._table))
+    found = {role: scores(x, self._pool.classes) for role, x in counts.items()}
+    return base.Scored(
+      {PROTOCOL.name: found},
+      (PROTOCOL,),
+      shown,
+      len(self._table),
+      time.monotonic() - begin,
+    )
 
   def _answers(self, variables, batch, roles):
     """{role: label maps [B, S, S]}; padding is void, so nothing counts it."""
@@ -133,7 +134,7 @@ class Episodic:
     present = np.ones((*masks.shape[:2], 1), bool)
     support, images = parallel.share(
       (Support(batch['support_images'], masks, present), batch['images']),
-      self._over,
+      self._mesh,
     )
     memory = self._memorize(variables, support)
     answers = self._predict(variables, memory, images, tuple(roles))

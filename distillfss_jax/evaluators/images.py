@@ -1,0 +1,112 @@
+"""Scores a system on a test set, image by image, knowing it by `predict`."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from distillfss_jax import parallel
+from distillfss_jax.data import pipeline
+from distillfss_jax.evaluators import base, metrics
+from distillfss_jax.workdir import writer
+
+
+class Images(base.Evaluator):
+  """Counts every pixel of a test set once.
+
+  Args:
+    source: of records: the test part of a dataset.
+    predict: variables, memory, images [B, S, S, 3], roles -> {role:
+      Prediction}.
+    found: the metrics.
+    image_size: S.
+    batch_size: images at once, over the devices of this process.
+    workers: processes that decode images.
+    noun: what is counted on the terminal.
+  """
+
+  def __init__(
+    self,
+    source: Sequence,
+    predict: Callable,
+    found: Sequence[metrics.Metric],
+    *,
+    image_size: int,
+    batch_size: int,
+    workers: int = 0,
+    noun: str = 'test image',
+  ):
+    self._mesh = parallel.mesh(local=True)
+    devices = self._mesh.size
+    self._metrics, self._noun = tuple(found), noun
+    self._batches = pipeline.test_batches(
+      source,
+      image_size=image_size,
+      batch_size=-(-batch_size // devices) * devices,
+      native=any(x.protocol.size == 'native' for x in found),
+      workers=workers,
+      shard=(jax.process_index(), jax.process_count()),
+    )
+    self._mine = len(
+      range(jax.process_index(), len(source), jax.process_count())
+    )
+    self._predict, self._size, self._images = predict, image_size, len(source)
+    self._count = jax.jit(self._counts)
+
+  def run(
+    self,
+    variables: Mapping[str, jax.Array],
+    roles: Sequence[str],
+    *,
+    memory: Any = None,
+    show: Sequence[int] = (),
+  ) -> base.Scored:
+    begin = time.monotonic()
+    progress = writer.Progress(self._mine, noun=self._noun)
+    mesh, roles = self._mesh, tuple(roles)
+    variables = parallel.replicate(parallel.local(variables), mesh)
+    memory = parallel.replicate(parallel.local(memory), mesh)
+    total, shown, done = None, {}, 0
+    for batch in self._batches:
+      on_device = parallel.share(
+        {k: v for k, v in batch.items() if k not in ('valid', 'index')}, mesh
+      )
+      answers = self._predict(variables, memory, on_device['images'], roles)
+      logits = {role: answer.logits for role, answer in answers.items()}
+      counts, maps = self._count(logits, on_device)
+      total = metrics.total([counts] if total is None else [total, counts])
+      for row, index in enumerate(batch['index']):
+        if batch['valid'][row] and int(index) in show:
+          shown[int(index)] = {
+            role: np.asarray(maps[role][row]) for role in roles
+          }
+      done += int(batch['valid'].sum())
+      progress.update(done)
+    total = jax.tree.map(lambda x: parallel.gather(x).sum(0), total)
+    if jax.process_count() > 1 and show:
+      shown = parallel.gather_maps(shown, roles, show, self._size)
+    scores = {
+      x.protocol.name: {
+        role: x.scores(total[role][x.protocol.name]) for role in roles
+      }
+      for x in self._metrics
+    }
+    return base.Scored(
+      scores,
+      tuple(x.protocol for x in self._metrics),
+      shown,
+      self._images,
+      time.monotonic() - begin,
+    )
+
+  def _counts(self, logits, batch):
+    """{role: {name of a metric: counts}}, and label maps by role."""
+    counts = {
+      role: {m.protocol.name: m.count(x, batch) for m in self._metrics}
+      for role, x in logits.items()
+    }
+    return counts, {
+      role: x.argmax(-1).astype('uint8') for role, x in logits.items()
+    }

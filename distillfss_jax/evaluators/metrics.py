@@ -1,0 +1,119 @@
+"""Metrics over the images of a test set: counted on the device, divided last.
+
+A metric says what to count of a batch; the counts of all batches and processes
+are summed, and become scores at the end.
+"""
+
+import abc
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distillfss_jax.evaluators.base import Protocol, Scores
+from distillfss_jax.ops import metrics, resize
+from distillfss_jax.ops.metrics import Confusion
+from distillfss_jax.types import Array
+
+BAND = 256  # rows at once, of scoring at the images' own sizes
+
+
+class Metric(abc.ABC):
+  """What is counted of predictions, and the scores that come of it."""
+
+  protocol: Protocol
+
+  @abc.abstractmethod
+  def count(self, logits: Array, batch: dict[str, Array]) -> Any:
+    """Counts of a batch, a tree of integer arrays, summed over its images.
+
+    Args:
+      logits: [b, S, S, classes], background first.
+      batch: as `pipeline.test_batches` gives it; what is padding is void.
+    """
+
+  @abc.abstractmethod
+  def scores(self, total: Any) -> dict:
+    """Numbers by name, from the summed counts (int64)."""
+
+
+class ModelSize(Metric):
+  """Every pixel at the model's size, with labels shrunk to it.
+
+  Args:
+    classes: names of labels 1..n.
+    protocol: what it is called.
+    dense: also the numbers that dense methods publish, in which background is
+      a class like others.
+  """
+
+  # Parity: the reference scores so, with labels shrunk to the nearest pixel.
+
+  def __init__(self, classes, protocol: Protocol, *, dense: bool = False):
+    self.classes, self.protocol, self._dense = tuple(classes), protocol, dense
+
+  def count(self, logits, batch):
+    return metrics.count(
+      batch['labels'].astype(jnp.int32),
+      logits.argmax(-1),
+      1 + len(self.classes),
+    )
+
+  def scores(self, total) -> Scores:
+    confusion = Confusion(total)
+    found = confusion.scores(self.classes)
+    return {**found, **confusion.dense_scores()} if self._dense else found
+
+
+class NativeSize(ModelSize):
+  """Every pixel at the images' own sizes: the logits are stretched."""
+
+  def count(self, logits, batch):
+    return count_native(
+      logits, batch['sizes'], batch['native_labels'], 1 + len(self.classes)
+    )
+
+
+def count_native(
+  logits: Array, sizes: Array, labels: Array, classes: int
+) -> Array:
+  """Pixel counts [classes, classes] at the images' own sizes.
+
+  Stretched logits of a large image take gigabytes, so they are made and
+  forgotten a band of rows at a time.
+
+  Args:
+    logits: [b, h, w, classes].
+    sizes: [b, 2] int32, rows and columns of each image.
+    labels: [b, H, W] of one canvas for all, void where an image has ended.
+    classes: background counts.
+  """
+  height, width = labels.shape[1:]
+  band = math.gcd(BAND, height)
+  taps = jax.vmap(resize.taps, (None, 0, None))
+  rows = taps(logits.shape[1], sizes[:, 0], height)
+  columns = taps(logits.shape[2], sizes[:, 1], width)
+  lerp = jax.vmap(resize.lerp, (0, 0, None))
+  wide = lerp(logits, columns, 1)  # [b, h, W, classes]
+
+  def add(i, counts):
+    mine, truth = jax.tree.map(
+      lambda x: jax.lax.dynamic_slice_in_dim(x, i * band, band, 1),
+      (rows, labels),
+    )
+    answer = lerp(wide, mine, 0).argmax(-1)
+    return counts + metrics.count(truth, answer, classes)
+
+  # Where all images have ended there is nothing to count.
+  bands = -(-sizes[:, 0].max() // band)
+  nothing = jnp.zeros((classes, classes), jnp.int32)
+  return jax.lax.fori_loop(0, bands, add, nothing)
+
+
+def total(counts: list[Any]) -> Any:
+  """Sums counts of batches on the host, in int64."""
+  return jax.tree.map(
+    lambda *x: np.sum([np.asarray(y, np.int64) for y in x], 0), *counts
+  )
