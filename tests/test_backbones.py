@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from distillfss_jax import params
-from distillfss_jax.backbones import base, resnet, swin
+from distillfss_jax.backbones import resnet, swin
 
 _PREFIX = 'teacher.feature_extractor.'
 
@@ -279,15 +279,15 @@ def test_half_precision_stays_half(small):
   ('build', 'leaf', 'deviation'),
   [
     (
-      functools.partial(resnet.Conv, 8, 32, 3),
-      'kernel',
+      functools.partial(resnet.Bottleneck, 8, 32, stride=1, project=True),
+      'conv2/kernel',
       np.sqrt(2 / (3 * 3 * 32)),
     ),
-    (functools.partial(base.Linear, 64, 32), 'kernel', 0.02),
     (functools.partial(swin.WindowAttention, 8, 4, 8), 'relative_bias', 0.02),
+    (functools.partial(swin.WindowAttention, 8, 4, 8), 'qkv/kernel', 0.02),
     (
-      functools.partial(swin.PatchProjection, 4, 32),
-      'kernel',
+      functools.partial(swin.PatchEmbed, 4, 32),
+      'proj/kernel',
       1 / np.sqrt(3 * 4 * 4 * 3),
     ),
   ],

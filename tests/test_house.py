@@ -35,17 +35,19 @@ TEXTS = sorted(
 FLOORS = {
   **dict.fromkeys(('types', 'files'), 0),
   **dict.fromkeys(('ops', 'params', 'parallel'), 1),
-  **dict.fromkeys(('backbones', 'data', 'optim', 'workdir'), 2),
-  **dict.fromkeys(('datasets', 'models'), 3),
-  **dict.fromkeys(('systems', 'pretrained'), 4),
-  **dict.fromkeys(('train_step', 'evaluators'), 5),
-  'tasks': 6,
-  'train': 7,
+  **dict.fromkeys(('layers', 'data', 'optim', 'workdir'), 2),
+  **dict.fromkeys(('datasets', 'backbones'), 3),
+  'models': 4,
+  **dict.fromkeys(('systems', 'pretrained'), 5),
+  **dict.fromkeys(('train_step', 'evaluators'), 6),
+  'tasks': 7,
+  'train': 8,
 }  # fmt: skip
-TOP = 8
+TOP = 9
 
 # Floors alone would allow these.
 APART = {
+  'layers': ('params', 'parallel'),
   'models': ('data', 'datasets', 'optim', 'workdir', 'parallel'),
   'systems': ('data', 'datasets', 'workdir', 'parallel'),
   'datasets': ('optim', 'workdir', 'backbones', 'parallel'),

@@ -19,14 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distillfss_jax.backbones.base import (
-  MLP,
-  LayerNorm,
-  Linear,
-  PatchProjection,
-  normal,
-)
+from distillfss_jax import layers
 from distillfss_jax.types import Array, Pyramid
+
+_linear = functools.partial(
+  layers.Linear, kernel=layers.normal, bias=layers.zeros
+)
 
 BASE = 100.0  # of the periods of the rotary positions
 LAYER_SCALE = 1e-5  # where gamma starts, in networks this deep
@@ -98,7 +96,7 @@ class QueryKeyValue(nnx.Module):
   """x [b, t, c] -> queries, keys and values [b, t, 3, c]; keys have no bias."""
 
   def __init__(self, channels, *, rngs):
-    self.kernel = nnx.Param(normal(rngs.params(), (channels, 3 * channels)))
+    self.kernel = nnx.Param(layers.normal(rngs, (channels, 3 * channels)))
     self.bias = nnx.Param(jnp.zeros(3 * channels))
 
   def __call__(self, x: Array) -> Array:
@@ -124,7 +122,7 @@ class PatchEmbed(nnx.Module):
   """images [b, H, W, 3] -> tokens [b, h*w, c], row by row."""
 
   def __init__(self, patch, channels, *, rngs):
-    self.proj = PatchProjection(patch, channels, rngs=rngs)
+    self.proj = layers.PatchProjection(patch, channels, rngs=rngs)
 
   def __call__(self, images: Array) -> Array:
     x = self.proj(images)
@@ -137,7 +135,7 @@ class Attention(nnx.Module):
   def __init__(self, channels, heads, *, rngs):
     self.heads = heads
     self.qkv = QueryKeyValue(channels, rngs=rngs)
-    self.proj = Linear(channels, channels, rngs=rngs)
+    self.proj = _linear(channels, channels, rngs=rngs)
 
   def __call__(self, x: Array, cos: Array, sin: Array) -> Array:
     b, t, c = x.shape
@@ -158,11 +156,11 @@ class Block(nnx.Module):
   """Attention and an MLP, both residual, each with its LayerScale."""
 
   def __init__(self, channels, heads, *, rngs):
-    self.norm1 = LayerNorm(channels)
+    self.norm1 = layers.LayerNorm(channels)
     self.attn = Attention(channels, heads, rngs=rngs)
     self.ls1 = LayerScale(channels)
-    self.norm2 = LayerNorm(channels)
-    self.mlp = MLP(channels, rngs=rngs)
+    self.norm2 = layers.LayerNorm(channels)
+    self.mlp = layers.MLP(channels, rngs=rngs)
     self.ls2 = LayerScale(channels)
 
   def __call__(self, x: Array, cos: Array, sin: Array) -> Array:
@@ -211,13 +209,13 @@ class Dino(nnx.Module):
     self.channels = (embed,) * 4
     self.strides = (patch,) * 4
     self.rescale = rescale
-    self.class_token = nnx.Param(normal(rngs.params(), (1, 1, embed)))
-    self.storage_tokens = nnx.Param(normal(rngs.params(), (1, storage, embed)))
+    self.class_token = nnx.Param(layers.normal(rngs, (1, 1, embed)))
+    self.storage_tokens = nnx.Param(layers.normal(rngs, (1, storage, embed)))
     self.patch_embed = PatchEmbed(patch, embed, rngs=rngs)
     self.blocks = nnx.List(
       Block(embed, heads, rngs=rngs) for _ in range(sum(self.depths))
     )
-    self.norm = LayerNorm(embed)
+    self.norm = layers.LayerNorm(embed)
 
   def __call__(
     self, images: Array, *, train: bool = False, key: Array | None = None

@@ -20,17 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distillfss_jax import params
-from distillfss_jax.ops import conv
+from distillfss_jax import layers, params
 from distillfss_jax.types import Array, Pyramid
 
-EPSILON = 1e-5
 MOMENTUM = 0.1  # of the newest statistics, as torch counts it
 CLASSES = 1000  # of ImageNet, in the checkpoints' classifier
 EXPANSION = 4  # channels of a bottleneck's output over those of its 3x3
 
 # How a BatchNorm layer, given with its path, acts on its input.
-Normalise = Callable[[str, 'BatchNorm', Array], Array]
+Normalise = Callable[[str, layers.BatchNorm, Array], Array]
 
 TORCH_NAMES = (
   (r'conv1\.weight', 'conv1/kernel', 'conv'),
@@ -75,74 +73,24 @@ TORCH_NAMES = (
 TABLES = (TORCH_NAMES,)
 
 
-class Conv(nnx.Module):
-  """A convolution without bias; padding keeps the size at stride 1."""
-
-  def __init__(self, inputs, outputs, size, *, stride=1, rngs):
-    # He et al. 2015, with the fan of the outputs, as torchvision starts.
-    init = nnx.initializers.variance_scaling(2.0, 'fan_out', 'normal')
-    self.kernel = nnx.Param(init(rngs.params(), (size, size, inputs, outputs)))
-    self.stride = stride
-
-  def __call__(self, x: Array) -> Array:
-    kernel = self.kernel[...].astype(x.dtype)
-    if kernel.shape[0] == 1:  # a matrix product over pixels
-      return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
-    return conv.conv2d(
-      x, kernel, stride=self.stride, padding=kernel.shape[0] // 2
-    )
-
-
-class BatchNorm(nnx.Module):
-  """Batch normalisation by running or by own statistics; changes neither."""
-
-  def __init__(self, channels):
-    self.scale = nnx.Param(jnp.ones(channels))
-    self.bias = nnx.Param(jnp.zeros(channels))
-    self.mean = nnx.BatchStat(jnp.zeros(channels))
-    self.var = nnx.BatchStat(jnp.ones(channels))
-
-  def by_running(self, x: Array) -> Array:
-    """Normalises x [b, h, w, c] by the running statistics."""
-    scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + EPSILON)
-    shift = self.bias[...] - self.mean[...] * scale
-    return x * scale.astype(x.dtype) + shift.astype(x.dtype)
-
-  def by_own(self, x: Array, together: int) -> tuple[Array, Array, Array]:
-    """Normalises each group of `together` images by its own statistics.
-
-    Args:
-      x: [f * together, h, w, c], the images of f forwards.
-      together: number of images in a forward.
-
-    Returns:
-      The result [f * together, h, w, c], the means [f, c] and the *unbiased*
-      variances [f, c], which are what torch's running statistics average.
-
-    Raises:
-      ValueError: there is one value per channel, so that none varies.
-    """
-    n = together * x.shape[1] * x.shape[2]
-    if n < 2:
-      raise ValueError(
-        'the variance of one value per channel is undefined: the feature map '
-        f'is {x.shape[1]}x{x.shape[2]}; give larger images'
-      )
-    groups = x.reshape(-1, together, *x.shape[1:])
-    values = groups.astype(jnp.float32)
-    mean = values.mean((1, 2, 3), keepdims=True)
-    var = jnp.square(values - mean).mean((1, 2, 3), keepdims=True)
-    y = (values - mean) * (self.scale[...] * jax.lax.rsqrt(var + EPSILON))
-    y = (y + self.bias[...]).astype(x.dtype).reshape(x.shape)
-    return y, mean[:, 0, 0, 0], var[:, 0, 0, 0] * (n / (n - 1))
+def _conv(inputs, outputs, size, *, stride=1, rngs):
+  return layers.Conv(
+    inputs,
+    outputs,
+    size,
+    stride=stride,
+    kernel=layers.he_fan_out,
+    bias=None,
+    rngs=rngs,
+  )
 
 
 class Shortcut(nnx.Module):
   """The projection of a stage's first shortcut."""
 
   def __init__(self, inputs, outputs, *, stride, rngs):
-    self.conv = Conv(inputs, outputs, 1, stride=stride, rngs=rngs)
-    self.bn = BatchNorm(outputs)
+    self.conv = _conv(inputs, outputs, 1, stride=stride, rngs=rngs)
+    self.bn = layers.BatchNorm(outputs)
 
 
 class Bottleneck(nnx.Module):
@@ -150,12 +98,12 @@ class Bottleneck(nnx.Module):
 
   def __init__(self, inputs, width, *, stride, project, rngs):
     outputs = EXPANSION * width
-    self.conv1 = Conv(inputs, width, 1, rngs=rngs)
-    self.bn1 = BatchNorm(width)
-    self.conv2 = Conv(width, width, 3, stride=stride, rngs=rngs)
-    self.bn2 = BatchNorm(width)
-    self.conv3 = Conv(width, outputs, 1, rngs=rngs)
-    self.bn3 = BatchNorm(outputs)
+    self.conv1 = _conv(inputs, width, 1, rngs=rngs)
+    self.bn1 = layers.BatchNorm(width)
+    self.conv2 = _conv(width, width, 3, stride=stride, rngs=rngs)
+    self.bn2 = layers.BatchNorm(width)
+    self.conv3 = _conv(width, outputs, 1, rngs=rngs)
+    self.bn3 = layers.BatchNorm(outputs)
     self.downsample = (
       Shortcut(inputs, outputs, stride=stride, rngs=rngs) if project else None
     )
@@ -184,8 +132,8 @@ class ResNet(nnx.Module):
     self.depths = tuple(depths)
     self.channels = tuple(EXPANSION * width * 2**i for i in range(4))
     self.strides = (4, 8, 16, 32)
-    self.conv1 = Conv(3, width, 7, stride=2, rngs=rngs)
-    self.bn1 = BatchNorm(width)
+    self.conv1 = _conv(3, width, 7, stride=2, rngs=rngs)
+    self.bn1 = layers.BatchNorm(width)
     inputs = width
     for i, (depth, outputs) in enumerate(
       zip(self.depths, self.channels, strict=True)
@@ -214,7 +162,7 @@ class ResNet(nnx.Module):
     own.
     """
     del train, key
-    return self._encode(images, lambda path, bn, x: bn.by_running(x))
+    return self._encode(images, lambda path, bn, x: bn(x))
 
   def encode_with_statistics(
     self, images: Array, *, together: int = 1

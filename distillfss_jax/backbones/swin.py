@@ -12,14 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distillfss_jax.backbones.base import (
-  MLP,
-  LayerNorm,
-  Linear,
-  PatchProjection,
-  normal,
-)
+from distillfss_jax import layers
 from distillfss_jax.types import Array, Pyramid
+
+_linear = functools.partial(
+  layers.Linear, kernel=layers.normal, bias=layers.zeros
+)
 
 MASKED = -100.0  # added to the logits of tokens that are no neighbours
 CLASSES = 1000  # of ImageNet, in the checkpoints' classifier
@@ -112,8 +110,8 @@ class PatchEmbed(nnx.Module):
   """images [b, H, W, 3] -> tokens [b, h, w, c]."""
 
   def __init__(self, patch, channels, *, rngs):
-    self.proj = PatchProjection(patch, channels, rngs=rngs)
-    self.norm = LayerNorm(channels)
+    self.proj = layers.PatchProjection(patch, channels, rngs=rngs)
+    self.norm = layers.LayerNorm(channels)
 
   def __call__(self, images: Array) -> Array:
     return self.norm(self.proj(images))
@@ -123,10 +121,8 @@ class PatchMerging(nnx.Module):
   """[b, h, w, c] -> [b, h/2, w/2, 2c]."""
 
   def __init__(self, channels, *, rngs):
-    self.norm = LayerNorm(4 * channels)
-    self.reduction = Linear(
-      4 * channels, 2 * channels, use_bias=False, rngs=rngs
-    )
+    self.norm = layers.LayerNorm(4 * channels)
+    self.reduction = _linear(4 * channels, 2 * channels, bias=None, rngs=rngs)
 
   def __call__(self, x: Array) -> Array:
     b, h, w, c = x.shape
@@ -151,10 +147,10 @@ class WindowAttention(nnx.Module):
     self.heads = heads
     self.window = window
     self.relative_bias = nnx.Param(
-      normal(rngs.params(), ((2 * window - 1) ** 2, heads))
+      layers.normal(rngs, ((2 * window - 1) ** 2, heads))
     )
-    self.qkv = Linear(channels, 3 * channels, rngs=rngs)
-    self.proj = Linear(channels, channels, rngs=rngs)
+    self.qkv = _linear(channels, 3 * channels, rngs=rngs)
+    self.proj = _linear(channels, channels, rngs=rngs)
 
   def __call__(self, x: Array, regions: np.ndarray | None) -> Array:
     b, w, t, c = x.shape
@@ -184,10 +180,10 @@ class Block(nnx.Module):
     self.size = size
     self.window = window
     self.shift = window // 2 if shifted else 0
-    self.norm1 = LayerNorm(channels)
+    self.norm1 = layers.LayerNorm(channels)
     self.attn = WindowAttention(channels, heads, window, rngs=rngs)
-    self.norm2 = LayerNorm(channels)
-    self.mlp = MLP(channels, rngs=rngs)
+    self.norm2 = layers.LayerNorm(channels)
+    self.mlp = layers.MLP(channels, rngs=rngs)
 
   def __call__(self, x: Array, drop) -> Array:
     x = x + drop(0, self._attend(self.norm1(x)))

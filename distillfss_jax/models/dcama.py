@@ -12,12 +12,11 @@ The numbering follows the original's: attention 0, 1, 2 belongs to stages 2, 3,
 """
 
 import flax
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distillfss_jax import backbones, params
+from distillfss_jax import backbones, layers, params
 from distillfss_jax.models import base
 from distillfss_jax.ops import attention, conv, random, resize, ways
 from distillfss_jax.types import Array, Pyramid
@@ -83,46 +82,13 @@ class Memory:
   skips: tuple[Array, ...]
 
 
-class Linear(nnx.Module):
-  """A dense layer, initialised as PyTorch does (uniform in 1/sqrt(fan-in))."""
-
-  def __init__(self, inputs, outputs, *, rngs):
-    self.kernel = nnx.Param(uniform(rngs, (inputs, outputs), inputs))
-    self.bias = nnx.Param(uniform(rngs, (outputs,), inputs))
-
-  def __call__(self, x: Array) -> Array:
-    return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
-
-
-class Conv(nnx.Module):
-  """A convolution that keeps the size, initialised as PyTorch does."""
-
-  def __init__(self, size, inputs, outputs, *, rngs):
-    fan_in = size * size * inputs
-    self.kernel = nnx.Param(
-      uniform(rngs, (size, size, inputs, outputs), fan_in)
-    )
-    self.bias = nnx.Param(uniform(rngs, (outputs,), fan_in))
-
-  def __call__(self, x: Array) -> Array:
-    return conv.conv2d(x, self.kernel[...].astype(x.dtype)) + self.bias[
-      ...
-    ].astype(x.dtype)
-
-
-def uniform(rngs, shape, fan_in):
-  """PyTorch's default initialisation of convolutions and dense layers."""
-  bound = fan_in**-0.5
-  return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-
-
 class ConvBlock(nnx.Module):
   """Three times convolution, group norm, ReLU."""
 
   def __init__(self, inputs, widths, kernels, *, rngs):
     self.convs, self.norms = nnx.List(), nnx.List()
     for width, size in zip(widths, kernels, strict=True):
-      self.convs.append(Conv(size, inputs, width, rngs=rngs))
+      self.convs.append(layers.Conv(inputs, width, size, rngs=rngs))
       self.norms.append(
         nnx.GroupNorm(
           width, GROUPS, epsilon=EPSILON, use_fast_variance=False, rngs=rngs
@@ -140,8 +106,8 @@ class Attention(nnx.Module):
   """The query and key projections of one stage, shared by its blocks."""
 
   def __init__(self, channels, *, rngs):
-    self.query = Linear(channels, channels, rngs=rngs)
-    self.key = Linear(channels, channels, rngs=rngs)
+    self.query = layers.Linear(channels, channels, rngs=rngs)
+    self.key = layers.Linear(channels, channels, rngs=rngs)
 
 
 class DCAMA(base.FewShotSegmenter):
@@ -192,13 +158,16 @@ class DCAMA(base.FewShotSegmenter):
     self.conv5 = ConvBlock(WIDTH, keep, (3, 3, 3), rngs=rngs)
     inputs = WIDTH + (channels[0] + channels[1]) * (2 if concat_support else 1)
     self.mixer1 = nnx.List(
-      [Conv(3, inputs, WIDTH, rngs=rngs), Conv(3, WIDTH, 64, rngs=rngs)]
+      [
+        layers.Conv(inputs, WIDTH, 3, rngs=rngs),
+        layers.Conv(WIDTH, 64, 3, rngs=rngs),
+      ]
     )
     self.mixer2 = nnx.List(
-      [Conv(3, 64, 64, rngs=rngs), Conv(3, 64, 16, rngs=rngs)]
+      [layers.Conv(64, 64, 3, rngs=rngs), layers.Conv(64, 16, 3, rngs=rngs)]
     )
     self.mixer3 = nnx.List(
-      [Conv(3, 16, 16, rngs=rngs), Conv(3, 16, 2, rngs=rngs)]
+      [layers.Conv(16, 16, 3, rngs=rngs), layers.Conv(16, 2, 3, rngs=rngs)]
     )
 
   @classmethod

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distillfss_jax import params
+from distillfss_jax import layers, params
 from distillfss_jax.models import base
 from distillfss_jax.ops import conv, resize, ways
 from distillfss_jax.types import Array, Prediction, Pyramid
@@ -46,11 +46,9 @@ class WayConv(nnx.Module):
   """A convolution of its own for each way; torch's default initialisation."""
 
   def __init__(self, ways, size, inputs, outputs, *, rngs):
-    bound = (size * size * inputs) ** -0.5
-    self.kernel = nnx.Param(
-      _uniform(rngs, (ways, size, size, inputs, outputs), bound)
-    )
-    self.bias = nnx.Param(_uniform(rngs, (ways, outputs), bound))
+    fan_in, shape = size * size * inputs, (ways, size, size, inputs, outputs)
+    self.kernel = nnx.Param(layers.uniform(rngs, shape, fan_in))
+    self.bias = nnx.Param(layers.uniform(rngs, (ways, outputs), fan_in))
 
   def from_shared(self, x: Array) -> Array:
     """The same maps [..., h, w, c] for all ways to [..., h, w, n, c']."""
@@ -194,17 +192,19 @@ class AttentionLevel(Level):
         f'{self.heads} heads do not divide {channels} channels: use another '
         'student or a wider backbone'
       )
-    shape, xavier = (ways, channels, channels), (6 / (4 * channels)) ** 0.5
+    shape = (ways, channels, channels)
+    # The original's three projections are one matrix.
+    fans = (channels, 3 * channels)
     self.keys = nnx.Param(
       jax.random.normal(rngs.params(), (ways, self.keys_per_way, channels))
     )
-    self.query = nnx.Param(_uniform(rngs, shape, xavier))
-    self.key = nnx.Param(_uniform(rngs, shape, xavier))
-    self.value = nnx.Param(_uniform(rngs, shape, xavier))
+    self.query = nnx.Param(layers.xavier(rngs, shape, *fans))
+    self.key = nnx.Param(layers.xavier(rngs, shape, *fans))
+    self.value = nnx.Param(layers.xavier(rngs, shape, *fans))
     self.query_bias = nnx.Param(jnp.zeros((ways, channels)))
     self.key_bias = nnx.Param(jnp.zeros((ways, channels)))
     self.value_bias = nnx.Param(jnp.zeros((ways, channels)))
-    self.out = nnx.Param(_uniform(rngs, shape, channels**-0.5))
+    self.out = nnx.Param(layers.uniform(rngs, shape, channels))
     self.out_bias = nnx.Param(jnp.zeros((ways, channels)))
     self.score = WayConv(ways, 1, channels, 1, rngs=rngs)
 
@@ -312,7 +312,3 @@ def conclude(
   # They differ only where the decoder's size is not the image's (`mix_size`).
   merged = ways.merge(logits.astype(jnp.float32), some)
   return Prediction(resize.bilinear(merged, size, align_corners=False), coarse)
-
-
-def _uniform(rngs, shape, bound):
-  return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)

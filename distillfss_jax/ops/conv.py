@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,91 +11,136 @@ import numpy as np
 from distillfss_jax.ops import resize
 
 Array = jax.Array
+Padding = int | None | Literal['SAME']
 
 
 def conv2d(
-  x: Array, kernel: Array, *, stride: int = 1, padding: int | None = None
+  x: Array,
+  kernel: Array,
+  *,
+  stride: int = 1,
+  padding: Padding = None,
+  dilation: int = 1,
+  groups: int = 1,
 ) -> Array:
-  """Convolves [..., h, w, c] with a [k, k, c, c'] kernel, padding with zeros.
+  """Convolves [..., h, w, c] with a [k, k, c / groups, c'] kernel.
 
-  `padding` is the same on all four sides, as in PyTorch; by default half the
-  kernel, which keeps the size at stride 1.
+  Args:
+    x: the maps.
+    kernel: its taps; those of a group's outputs read the group's inputs.
+    stride: pixels from one place of the kernel to the next.
+    padding: zeros on all four sides, as in PyTorch; by default as many as keep
+      the size at stride 1. 'SAME' is TensorFlow's: h' = ceil(h / stride), and
+      of an odd number of zeros the one more comes last.
+    dilation: pixels from one tap to the next.
+    groups: into how many parts the channels are cut; c for depthwise.
+
+  Returns:
+    [..., h', w', c'].
   """
   size = kernel.shape[0]
-  padding = size // 2 if padding is None else padding
-  if (size, stride, padding) == (1, 1, 0):
-    return x @ kernel[0, 0]  # a matrix product over all pixels
-  flat = x.reshape(-1, *x.shape[-3:])
-  if jax.default_backend() == 'cpu':
-    y = _conv_for_cpu(flat, kernel, stride, padding)
+  reach = dilation * (size - 1)
+  if padding == 'SAME':
+    pads = tuple(_same(n, reach, stride) for n in x.shape[-3:-1])
   else:
-    y = _conv(flat, kernel, stride, ((padding, padding),) * 2)
+    padding = reach // 2 if padding is None else padding
+    pads = ((padding, padding),) * 2
+  if size == 1 and groups == 1 and not any(map(any, pads)):
+    # A matrix product over pixels.
+    return x[..., ::stride, ::stride, :] @ kernel[0, 0]
+  flat = x.reshape(-1, *x.shape[-3:])
+  form = (stride, pads, dilation, groups)
+  on_cpu = jax.default_backend() == 'cpu'
+  y = (_conv_for_cpu if on_cpu else _conv)(flat, kernel, form)
   return y.reshape(*x.shape[:-3], *y.shape[1:])
 
 
-def _conv(x, kernel, stride, pads):
+def _same(n, reach, stride):
+  zeros = max((-(-n // stride) - 1) * stride + reach + 1 - n, 0)
+  return zeros // 2, zeros - zeros // 2
+
+
+def _conv(x, kernel, form):
+  stride, pads, dilation, groups = form
   return jax.lax.conv_general_dilated(
     x,
     kernel,
     (stride, stride),
     pads,
+    rhs_dilation=(dilation, dilation),
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    feature_group_count=groups,
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv_for_cpu(x, kernel, stride, padding):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv_for_cpu(x, kernel, form):
   """A convolution whose gradients are fast on a CPU, in loops too.
 
   XLA's own gradient convolutions are up to forty times slower than the forward
   one inside a loop. As matrix products and a forward convolution they run at
   the machine's rate everywhere.
   """
-  return _conv(x, kernel, stride, ((padding, padding),) * 2)
+  return _conv(x, kernel, form)
 
 
-def _conv_for_cpu_fwd(x, kernel, stride, padding):
-  return _conv_for_cpu(x, kernel, stride, padding), (x, kernel)
+def _conv_for_cpu_fwd(x, kernel, form):
+  return _conv_for_cpu(x, kernel, form), (x, kernel)
 
 
-def _conv_for_cpu_bwd(stride, padding, residuals, dy):
+def _conv_for_cpu_bwd(form, residuals, dy):
+  stride, pads, dilation, groups = form
   x, kernel = residuals
-  size, _, c, d = kernel.shape
+  size, _, c, d = kernel.shape  # c inputs of a group, d outputs of all
+  reach = dilation * (size - 1)
   # To x: dy, spread out, convolved with the turned kernel. The barrier keeps
   # XLA from folding the turn into the convolution, which would be slow.
-  turned = jax.lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
-  pads = []
-  for n, m in zip(x.shape[1:3], dy.shape[1:3], strict=True):
-    low = size - 1 - padding
-    pads.append((low, n + size - 2 - low - (m - 1) * stride))
+  turned = jnp.flip(kernel, (0, 1)).reshape(size, size, c, groups, -1)
+  turned = turned.transpose(0, 1, 4, 3, 2).reshape(size, size, -1, groups * c)
+  turned = jax.lax.optimization_barrier(turned)
+  back = []
+  for n, m, (low, _) in zip(x.shape[1:3], dy.shape[1:3], pads, strict=True):
+    low = reach - low
+    back.append((low, n + reach - 1 - low - (m - 1) * stride))
   gap = (0, 0, stride - 1)
   spread = jax.lax.pad(
     dy, jnp.zeros((), dy.dtype), ((0, 0, 0), gap, gap, (0, 0, 0))
   )
-  dx = _conv(spread, turned, 1, pads)
-  if stride == 1 and 2 * padding == size - 1 and (d < c or c >= 1024):
+  dx = _conv(spread, turned, (1, tuple(back), dilation, groups))
+  keeps = stride == 1 and all(pad == (reach / 2,) * 2 for pad in pads)
+  if groups == 1 and keeps and (d < c or c >= 1024):
     # One product with all shifts of the narrower side next to each other.
-    shifts = _shifts(dy, size, 1, padding, dy.shape[1:3])
+    shifts = _shifts(dy, size, form, dy.shape[1:3])
     wide = jnp.concatenate(shifts[::-1], -1)
     dk = x.reshape(-1, c).T @ wide.reshape(-1, size * size * d)
     return dx, dk.reshape(c, size, size, d).transpose(1, 2, 0, 3)
-  flat = dy.reshape(-1, d)
-  shifts = _shifts(x, size, stride, padding, dy.shape[1:3])
-  dk = jnp.stack([shift.reshape(-1, c).T @ flat for shift in shifts])
+  shifts = _shifts(x, size, form, dy.shape[1:3])
+  if groups == 1:
+    flat = dy.reshape(-1, d)
+    dk = jnp.stack([shift.reshape(-1, c).T @ flat for shift in shifts])
+  else:
+    parts = dy.reshape(-1, groups, d // groups)
+    dk = jnp.stack(
+      [
+        jnp.einsum('ngc,ngd->cgd', shift.reshape(-1, groups, c), parts)
+        for shift in shifts
+      ]
+    )
   return dx, dk.reshape(kernel.shape)
 
 
 _conv_for_cpu.defvjp(_conv_for_cpu_fwd, _conv_for_cpu_bwd)
 
 
-def _shifts(x, size, stride, padding, out):
+def _shifts(x, size, form, out):
   """What each tap of a kernel reads of x, row by row: size**2 arrays."""
-  x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+  stride, pads, dilation, _ = form
+  x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
   rows, cols = ((n - 1) * stride + 1 for n in out)
   return [
     x[:, i : i + rows : stride, j : j + cols : stride]
-    for i in range(size)
-    for j in range(size)
+    for i in range(0, dilation * size, dilation)
+    for j in range(0, dilation * size, dilation)
   ]
 
 
