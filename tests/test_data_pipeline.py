@@ -86,7 +86,11 @@ def test_native_batches(made, parts):
   shards = [
     list(
       pipeline.test_batches(
-        mixed, image_size=16, batch_size=2, native=True, shard=(part, parts)
+        mixed.test,
+        image_size=16,
+        batch_size=2,
+        native=True,
+        shard=(part, parts),
       )
     )
     for part in range(parts)

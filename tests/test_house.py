@@ -35,10 +35,10 @@ TEXTS = sorted(
 FLOORS = {
   **dict.fromkeys(('types', 'files'), 0),
   **dict.fromkeys(('ops', 'params', 'parallel'), 1),
-  **dict.fromkeys(('layers', 'data', 'optim', 'workdir'), 2),
-  **dict.fromkeys(('datasets', 'backbones'), 3),
+  **dict.fromkeys(('layers', 'data', 'optim', 'workdir', 'feeding'), 2),
+  **dict.fromkeys(('backbones', 'datasets', 'pretrained'), 3),
   'models': 4,
-  **dict.fromkeys(('systems', 'pretrained'), 5),
+  'systems': 5,
   **dict.fromkeys(('train_step', 'evaluators'), 6),
   'tasks': 7,
   'train': 8,
@@ -56,7 +56,13 @@ APART = {
 }
 # Folders that are one thing in parts; those of the others are of a kind.
 PARTS = ('ops', 'data', 'workdir', 'pretrained')
-SHARED_FILES = ('__init__', 'base', 'core')  # siblings may import them
+SHARED_FILES = (
+  '__init__',
+  'base',
+  'core',
+  'adapted',
+  'metrics',
+)  # siblings may import them
 
 # What has a name of its own here is not called by another.
 WORDS = {

@@ -158,6 +158,15 @@ class Task(abc.ABC):
     return scored.scores[scored.protocols[0].name]
 
 
+def check_shared(batch_size: int, key: str) -> None:
+  """Raises ValueError where devices cannot share a batch evenly."""
+  if batch_size < 1 or batch_size % jax.device_count():
+    raise ValueError(
+      f'{key}.batch_size={batch_size} is no multiple of the '
+      f'{jax.device_count()} devices'
+    )
+
+
 def digest_of(*parts: Any) -> str:
   """A digest of arrays and texts: data that change under a run are noticed."""
   found = hashlib.blake2b(digest_size=16)

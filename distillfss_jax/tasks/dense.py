@@ -12,7 +12,6 @@ from distillfss_jax.evaluators import metrics
 from distillfss_jax.evaluators.base import Protocol
 from distillfss_jax.evaluators.images import Images
 from distillfss_jax.tasks import base
-from distillfss_jax.tasks.source import check_shared
 from distillfss_jax.types import Dense
 
 COLUMNS = {
@@ -44,7 +43,7 @@ class Data(base.Data):
   def __init__(self, config):
     dense = config.dense
     self.dataset = dataset = datasets.load(config.data.name, **config.data.args)
-    check_shared(dense.batch_size, 'dense')
+    base.check_shared(dense.batch_size, 'dense')
     self.recipe = augment.get(dense.recipe)
     images = len(dataset.train)
     if not 0 <= dense.held_out < 1:

@@ -34,7 +34,7 @@ class Data(base.Data):
       raise ValueError(
         f'{name} has no episodes to train on; these have: {", ".join(found)}'
       )
-    check_shared(source.batch_size, 'source')
+    base.check_shared(source.batch_size, 'source')
     self.recipes = [
       augment.get(x) for x in (source.recipe, source.support_recipe)
     ]
@@ -63,15 +63,6 @@ class Data(base.Data):
 def has_episodes(name: str) -> bool:
   """Whether episodes can be drawn from a dataset."""
   return hasattr(datasets.module(name), 'pool')
-
-
-def check_shared(batch_size: int, key: str) -> None:
-  """Raises ValueError where devices cannot share a batch evenly."""
-  if batch_size < 1 or batch_size % jax.device_count():
-    raise ValueError(
-      f'{key}.batch_size={batch_size} is no multiple of the '
-      f'{jax.device_count()} devices'
-    )
 
 
 class Task(base.Task):
