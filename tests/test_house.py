@@ -34,7 +34,7 @@ TEXTS = sorted(
 # Who stands where; what is not named stands on top, beside main.
 FLOORS = {
   **dict.fromkeys(('types', 'files'), 0),
-  **dict.fromkeys(('ops', 'params', 'parallel'), 1),
+  **dict.fromkeys(('config', 'ops', 'params', 'parallel'), 1),
   **dict.fromkeys(('backbones', 'data', 'optim', 'workdir'), 2),
   **dict.fromkeys(('datasets', 'models'), 3),
   **dict.fromkeys(('systems', 'pretrained'), 4),
