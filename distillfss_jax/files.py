@@ -1,10 +1,15 @@
-"""Writing a file whole or not at all, and saying why it cannot be."""
+"""Writing a file whole or not at all, and reading what runs left behind."""
 
 import contextlib
 import errno
+import json
+import math
 import os
 import pathlib
 import tempfile
+
+LARGEST = 2**26  # bytes of a JSON file of a run; the largest list ids of images
+NESTED = 64  # levels of it; ours have up to 5
 
 
 def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
@@ -46,3 +51,67 @@ def writing(folder: str | os.PathLike):
       f'cannot write into {folder}: {os.strerror(code)}; make room, make it '
       'writable, or give another --workdir'
     ) from error
+
+
+def read_json(
+  path: str | os.PathLike,
+  advice: str = 'delete it and run its command again',
+) -> dict:
+  """Reads a file of one JSON object that a run left behind.
+
+  Whoever reads these files may take it that values are of JSON's types, that
+  numbers are int64 or finite float64 (or NaN or Infinity, which Python writes),
+  and that walking through them by recursion ends.
+
+  Args:
+    path: the file.
+    advice: what to do where it is damaged.
+
+  Raises:
+    ValueError: it is damaged; one line with the file, the reason, the advice.
+    OSError: it cannot be read.
+  """
+  path = pathlib.Path(path)
+  try:
+    with path.open('rb') as file:
+      text = file.read(LARGEST + 1)
+    if len(text) > LARGEST:
+      raise ValueError(f'more than {LARGEST} bytes')
+    value = json.loads(text, parse_int=_whole, parse_float=_fraction)
+    if not isinstance(value, dict):
+      raise ValueError('no JSON object')
+    _check_json(value)
+    return value
+  except (ValueError, RecursionError) as error:
+    deep = isinstance(error, RecursionError)
+    reason = f'nested deeper than {NESTED} levels' if deep else error
+    raise ValueError(f'{path} is damaged ({reason}): {advice}') from error
+
+
+def _whole(text):
+  # Python refuses to read thousands of digits, with advice for programmers.
+  if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+    raise ValueError(f'the number {text[:20]}... is too large')
+  return int(text)
+
+
+def _fraction(text):
+  if not math.isfinite(float(text)):
+    raise ValueError(f'the number {text[:20]} is too large')
+  return float(text)
+
+
+def _check_json(value):
+  level = [value]
+  for _ in range(NESTED):
+    inner = []
+    for x in level:
+      if isinstance(x, dict):
+        inner += [*x.keys(), *x.values()]
+      elif isinstance(x, list):
+        inner += x
+      elif isinstance(x, str):
+        x.encode()  # half a surrogate pair cannot be printed or written
+    level = inner
+  if level:
+    raise RecursionError

@@ -4,19 +4,18 @@ Values are changed by --config.name.key=value. Everything a run leaves lies in
 its folder, --workdir, by default runs/<config>-<time>.
 """
 
-import itertools
 import multiprocessing
 import os
 import pathlib
-import runpy
 import sys
 import time
 import traceback
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
+from distillfss_jax import config as configs
 from distillfss_jax import parallel, train
 from distillfss_jax.workdir import locking, signals
 
@@ -117,41 +116,11 @@ def _leave(code, line):
 def parse(argv: list[str]) -> list[str]:
   """Parses flags; whatever is wrong with them is one line on the terminal."""
   try:
-    _check_keys(argv)
+    # ml_collections looks for overrides in sys.argv, which this list is.
+    argv[:] = configs.check_flags(argv)
     return flags.FLAGS(argv)
   except (flags.Error, ValueError, TypeError, OSError) as error:
     sys.exit(f'error: {" ".join(str(error).split())}')
-
-
-def _check_keys(argv):
-  """Raises ValueError for an override of a key that the config lacks."""
-  # ml_collections would raise from deep inside, without saying what exists.
-  args = [arg.lstrip('-') for arg in argv if arg.startswith('-')]
-  file = next((a[7:] for a in args if a.startswith('config=')), None)
-  if file is None:
-    pairs = itertools.pairwise(argv)
-    file = next((b for a, b in pairs if a.lstrip('-') == 'config'), None)
-  if file is None:
-    return
-  path, _, arg = file.partition(':')
-  if not pathlib.Path(path).is_file():
-    raise ValueError(f'no config {path}; there are: {_configs(path)}')
-  config = runpy.run_path(path)['get_config'](*([arg] if arg else []))
-  for name in (a.partition('=')[0] for a in args if a.startswith('config.')):
-    value = config
-    for key in name.split('.')[1:]:
-      known = list(value) if isinstance(value, ConfigDict) else []
-      if key not in known:
-        raise ValueError(
-          f'no key {key!r} in --{name}; there are: {", ".join(known) or "none"}'
-        )
-      value = value[key]
-
-
-def _configs(path):
-  folder = pathlib.Path(path).parent
-  files = folder if folder.is_dir() else pathlib.Path('configs')
-  return ', '.join(sorted(map(str, files.glob('[!_]*.py')))) or 'none'
 
 
 if __name__ == '__main__':

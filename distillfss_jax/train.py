@@ -21,14 +21,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from distillfss_jax import (
-  feeding,
-  files,
-  parallel,
-  params,
-  tasks,
-  train_step,
-)
+from distillfss_jax import config as configs
+from distillfss_jax import feeding, files, parallel, params, tasks, train_step
 from distillfss_jax.evaluators.base import COLUMNS
 from distillfss_jax.ops.metrics import Confusion
 from distillfss_jax.tasks.base import Place, Task
@@ -485,8 +479,7 @@ def _check_same(config, workdir):
   path = workdir / 'config.json'
   if not path.exists():
     return
-  old, new = json.loads(path.read_text()), json.loads(_text(config))
-  differences = sorted(_differences(old, new))
+  differences = configs.differences(configs.saved(path), config)
   if differences:
     raise ValueError(
       f'{workdir} holds a run of another config; give another --workdir, or '
@@ -572,16 +565,6 @@ def _end_log():
     return
   handler.python_handler.stream = sys.stderr
   written.close()
-
-
-def _differences(old, new, path=''):
-  for key in sorted(old.keys() | new.keys()):
-    name = f'{path}.{key}' if path else key
-    a, b = old.get(key, 'absent'), new.get(key, 'absent')
-    if isinstance(a, dict) and isinstance(b, dict):
-      yield from _differences(a, b, name)
-    elif a != b:
-      yield f'{name} was {a!r}, is {b!r}'
 
 
 def _overview(variables, program, config):

@@ -22,6 +22,7 @@ import os
 import pathlib
 import sys
 
+from distillfss_jax import config as configs
 from distillfss_jax import files
 from launch import missing, results, sweep, tables
 from launch import paper as paper_lib
@@ -53,11 +54,7 @@ def name_datasets(runs: list[Run]) -> None:
 
 def _differing(runs):
   """The keys, in the config's order, whose values are not all the same."""
-  return [
-    key
-    for key in dict.fromkeys(key for run in runs for key in run.config)
-    if len({repr(run.config.get(key, '(absent)')) for run in runs}) > 1
-  ]
+  return configs.differing(run.config for run in runs)
 
 
 def _settings(run, keys):

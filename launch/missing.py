@@ -1,29 +1,15 @@
 """What runs lack, and the commands that fill it."""
 
 import collections
-import functools
-import importlib
 import itertools
-import json
 import pathlib
 import re
 import shlex
 from collections.abc import Iterator
 
 from launch import paper as paper_lib
-from launch import results, sweep
-from launch.results import Run
-
-
-@functools.cache
-def get_config(stem: str, arg: str) -> dict | None:
-  """A config by its file's stem, flat; None if none takes such an argument."""
-  try:
-    module = importlib.import_module(f'configs.{stem}')
-    config = module.get_config(*([arg] if arg else []))
-  except (ImportError, ValueError, TypeError):
-    return None
-  return results.flat(json.loads(config.to_json_best_effort()))
+from launch import plan, results
+from launch.results import Run, todays
 
 
 def _argument(key, value):
@@ -43,7 +29,7 @@ def _arguments(run):
   for key in [*keys, 'seed']:
     if type(config[key]) in (str, int):
       name, value = _argument(key, config[key])
-      if get_config(config['name'], f'{name}={value}'):
+      if todays(config['name'], f'{name}={value}'):
         taken[name] = value
   return taken
 
@@ -55,7 +41,7 @@ def cell_of(run: Run) -> dict | None:
   """
   arguments, found = _arguments(run), []
   for cell in (arguments, arguments | {'smoke': True}):
-    base = get_config(run.config['name'], sweep.arguments(cell))
+    base = todays(run.config['name'], plan.arguments(cell))
     if base and run.config.keys() <= base.keys():
       changed = [k for k, v in base.items() if run.config.get(k, v) != v]
       found.append(cell | {f'config.{k}': run.config[k] for k in changed})
@@ -88,7 +74,7 @@ def fill(run: Run, changes: dict) -> dict | None:
       cell[f'config.{key}'] = value
   if cell.get('student') == 'full':
     del cell['student']
-  base = get_config(config['name'], sweep.arguments(cell)) or {}
+  base = todays(config['name'], plan.arguments(cell)) or {}
   made = base | {k.removeprefix('config.'): cell[k] for k in cell if '.' in k}
   wanted = {key: config[key] for key in results.NEEDED} | changes
   accepted = made.keys() == base.keys()
@@ -98,7 +84,7 @@ def fill(run: Run, changes: dict) -> dict | None:
 def command(stem: str, cell: dict, folder: pathlib.Path) -> str:
   """The command line that runs a cell in a folder."""
   cell = {k: tuple(v) if isinstance(v, list) else v for k, v in cell.items()}
-  flags = sweep.flags_of(f'configs/{stem}.py', cell)
+  flags = plan.flags_of(f'configs/{stem}.py', cell)
   main = 'python', '-m', 'distillfss_jax.main'
   return shlex.join([*main, *flags, '--workdir', str(folder)])
 
@@ -113,7 +99,7 @@ def _like(run, changes, root):
     return ''
   if changes:
     home = folder.parent if folder.parent.name == stem else root / stem
-    folder = home / sweep.name_of(cell)
+    folder = home / plan.name_of(cell)
   return command(stem, cell, folder)
 
 
@@ -137,7 +123,7 @@ def holes(
 
 
 def _takes_method(run):
-  return get_config(run.config['name'], 'method=distill')
+  return todays(run.config['name'], 'method=distill')
 
 
 def _places(runs, sides):
@@ -225,4 +211,4 @@ def _of_paper(at, shots, started, mine, args, root):
     'method': results.SYSTEMS[method].removesuffix('fss'), 'shots': shots,
     'backbone': backbone, **args, 'config.model.init': f'dcama_{backbone}',
   }  # fmt: skip
-  return line or command(dataset, cell, root / dataset / sweep.name_of(cell))
+  return line or command(dataset, cell, root / dataset / plan.name_of(cell))

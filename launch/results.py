@@ -1,10 +1,14 @@
 """The folders of runs, as they are read."""
 
-import json
-import math
+import functools
 import os
 import pathlib
+import re
 
+from distillfss_jax import config as configs
+from distillfss_jax import files
+
+CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 AVERAGED = ('seed', 'support.seed')  # what a mean is taken over
 SYSTEMS = {'DistillFSS': 'distillfss', 'TransferFSS': 'transferfss'}
 NEEDED = {
@@ -67,6 +71,21 @@ def read(root: str | os.PathLike) -> tuple[list[Run], list[Run], list[str]]:
   return finished, unfinished, warnings
 
 
+@functools.cache
+def todays(name: str, arg: str = '') -> dict | None:
+  """A config of today by its file's stem, flat.
+
+  None where there is none of that name, or it takes no such argument.
+  """
+  if not re.fullmatch(r'\w+', name):  # else it could be any file at all
+    return None
+  try:
+    get_config = configs.read_file(CONFIGS / f'{name}.py')['get_config']
+    return configs.flat(get_config(*([arg] if arg else [])))
+  except (ValueError, TypeError):
+    return None
+
+
 def load(folder: pathlib.Path) -> Run | None:
   """Reads a run's folder; None where a config.json is no run's.
 
@@ -76,7 +95,7 @@ def load(folder: pathlib.Path) -> Run | None:
   done = (folder / 'results.json').exists()
   if not (folder / 'config.json').is_file():
     raise ValueError(f'{folder}/results.json has no config.json beside it')
-  config = flat(json_object(folder / 'config.json'))
+  config = configs.saved(folder / 'config.json')
   if not done and 'system' not in config:
     return None  # converted weights also have one
   for key, kind in NEEDED.items():
@@ -85,31 +104,20 @@ def load(folder: pathlib.Path) -> Run | None:
         f'{folder}/config.json is damaged or of another version: {key} is '
         f'{config.get(key)!r}, not of type {kind.__name__}'
       )
-  return Run(
-    folder, config, json_object(folder / 'results.json') if done else None
-  )
+  scored = files.read_json(folder / 'results.json') if done else None
+  return Run(folder, _defaults(config['name']) | config, scored)
 
 
-def json_object(path: pathlib.Path) -> dict:
-  """Reads a file of one JSON object; ValueError where it is damaged."""
-  try:
-    value = json.loads(path.read_text())
-  except ValueError as error:
-    raise ValueError(
-      f'{path} is damaged ({error}): delete it and run its command again'
-    ) from error
-  if not isinstance(value, dict):
-    raise ValueError(f'{path} is damaged (no JSON object)')
-  return value
+def _defaults(name):
+  """What a run of a config has where it was saved before there was a key.
 
-
-def flat(config: dict, path: str = '') -> dict:
-  """{'a': {'b': 1}} as {'a.b': 1}."""
-  found = {}
-  for key, value in config.items():
-    inner = isinstance(value, dict)
-    found |= flat(value, f'{path}{key}.') if inner else {path + key: value}
-  return found
+  The arguments of constructors have defaults of their own.
+  """
+  return {
+    key: value
+    for key, value in (todays(name) or {}).items()
+    if not {'args', 'fields'} & set(key.split('.'))
+  }
 
 
 def scores(run: Run, size: str, metric: str) -> dict[str, float]:
@@ -125,10 +133,11 @@ def scores(run: Run, size: str, metric: str) -> dict[str, float]:
   for role, values in roles.items():
     values = values if isinstance(values, dict) else {}
     found[role] = value = values.get(metric)
-    if type(value) not in (int, float) or not math.isfinite(value):
+    # A score is at most 1, a loss or a count some more.
+    if type(value) not in (int, float) or not abs(value) < 1e9:
       known = ', '.join(k for k, v in values.items() if isinstance(v, float))
       raise ValueError(
-        f'{name}: {size}/{role}/{metric} is {value!r}, not a number; there '
+        f'{name}: {size}/{role}/{metric} is {value!r}, not a score; there '
         f'are: {known or "none"}'
       )
   return found

@@ -32,8 +32,8 @@ on the features of an ImageNet encoder.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import json
 import shlex
 import sys
 
@@ -41,6 +41,8 @@ import numpy as np
 
 from distillfss_jax import files
 from launch import results, sweep, tables
+from launch.plan import Run
+from launch.plan import plan as plan_runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _components(table):
 class Grid:
   """Runs by (draw, seed), as they are or will be."""
 
-  runs: dict[tuple[int, int], sweep.Run]
+  runs: dict[tuple[int, int], Run]
   argv: list[str]  # of the sweep that makes them
   shared: str
 
@@ -159,7 +161,7 @@ def plan(config: str, draws: int, seeds: int, shared, root: str) -> Grid:
     'config.support.rule=random', f'config.support.seed=0:{draws}',
     f'{seed}=0:{seeds}',
   ]  # fmt: skip
-  found = sweep.plan(config, items, shared, root)
+  found = plan_runs(config, items, shared, root)
   runs = {
     (int(run.cell['config.support.seed']), int(run.cell[seed])): run
     for run in found
@@ -172,7 +174,7 @@ def plan(config: str, draws: int, seeds: int, shared, root: str) -> Grid:
 def _seed_key(config, shared, root):
   """How a config is given its seed: not all have an argument for it."""
   try:
-    sweep.plan(config, ['seed=0'], shared, root)
+    plan_runs(config, ['seed=0'], shared, root)
   except ValueError as error:
     if "no config argument 'seed'" in str(error):
       return 'config.seed'
@@ -202,11 +204,10 @@ def read(grid: Grid, size: str, metric: str) -> Scores:
       continue
     role = 'student' if 'student' in found else next(iter(found))
     table[place] = 100 * found[role]
-    try:
-      ids = json.loads((run.folder / 'ids.json').read_text())
-      support.setdefault(place[0], ids['support'])
-    except (OSError, ValueError, KeyError):
-      continue
+    with contextlib.suppress(OSError, ValueError):  # it is no score
+      ids = files.read_json(run.folder / 'ids.json').get('support')
+      if isinstance(ids, list):
+        support.setdefault(place[0], list(map(str, ids)))
   return Scores(table, role, missing, support)
 
 

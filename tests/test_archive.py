@@ -454,6 +454,40 @@ def test_other_values_of_a_checkpoint_are_passed_over(tmp_path):
     _same(found['w'], _W)
 
 
+def test_keys_that_are_numbers(tmp_path):
+  """They lead to parts of the file, and name no tensor."""
+  tree = {
+    b'K\1': _dict({'w': _floats('0')}), _value(2.5): _dict({'w': _floats('1')}),
+    b'\x88': _floats('1'), b'N': _value('x'),
+  }  # fmt: skip
+  body = b'}(' + b''.join(k + x for k, x in tree.items()) + b'u'
+  content = _zip(_pickle(body), _TWO)
+  with pytest.raises(archive.ArchiveError, match=r'parts .*: 1, 2\.5; add'):
+    _read(tmp_path, content)
+  _same(_read(tmp_path, content, '1')['w'], _W)
+  _same(_read(tmp_path, content, '2.5')['w'], _B)
+  with pytest.raises(archive.ArchiveError, match='there are no tensors'):
+    _read(tmp_path, content, 'True')
+
+
+@pytest.mark.parametrize(
+  'body',
+  [
+    b'}K\1Ns',
+    b'}(K\1NG' + struct.pack('>d', 2) + b'Nu',
+    b'(I1\nNI01\nNNNd',
+    _name('collections', 'OrderedDict') + b'](K\1N\x86eq\1\x85R',
+    b'}Nq\2r\0\0\1\0p7\n0\x94',
+  ],
+)
+def test_no_number_is_hashed(body):
+  """A file can choose numbers that take a dict quadratic time, but no texts."""
+  machine = archive._Machine(io.BytesIO(_pickle(body)))
+  found = machine.run()
+  assert found or machine.memo
+  assert all(isinstance(key, str) for key in (*found, *machine.memo))
+
+
 def test_dictionaries_and_parameters_of_each_kind(tmp_path):
   w = _floats('0')
   pairs = _tuple(b'](' + _text('w') + w + b'l' + b'a')  # as of Python 2
@@ -774,6 +808,29 @@ def _tensors_with(offset=0, size=(1,), stride=(1,), count=2):
   return _dict({'w': _tensor(storage, offset, size, stride)})
 
 
+def _chosen(bits):
+  """Integers of which a dict of 2**bits places finds each after a long search.
+
+  CPython looks at i, then at 5 i + 1 + the upper bits of the hash: one half
+  lies on one such path, the other begins on it.
+  """
+  size = 2**bits
+  path = [0]
+  for _ in range(int(0.45 * size)):
+    path.append((5 * path[-1] + 1) % size)
+  taken = np.zeros(size, bool)
+  taken[path] = True
+  upper = np.random.default_rng(0).integers(size, size * 2**10, 2**22)
+  place, found = upper % size, taken[upper % size]
+  left = upper.copy()
+  while left.any():
+    left >>= 5
+    place = (5 * place + 1 + left) % size
+    found &= taken[place]
+  return path + np.unique(upper[found])[: int(0.2 * size)].tolist()
+
+
+_CHOSEN = _chosen(16)  # 43,000; twice as many take four times as long
 _HUGE = b'\x8b' + struct.pack('<i', 2**20) + b'\x7f' * 2**20  # 2**23 bits
 # {kind: (operations, whether they are read)}; the others must be refused.
 _PICKLES = {
@@ -870,6 +927,14 @@ _PICKLES = {
   'keys of one hash': (
     b'}' + b''.join(_whole(i * (2**61 - 1)) + b'Ns' for i in range(1, 40_000)),
     False,
+  ),
+  'keys that share their places': (
+    _model_of(b'}(' + b''.join(_whole(i) + b'N' for i in _CHOSEN) + b'u'),
+    True,
+  ),
+  'memo of indices that share their places': (
+    _model_of(b'N' + b''.join(b'r' + struct.pack('<I', i) for i in _CHOSEN)),
+    True,
   ),
   'one tensor, many times': (
     _model_of(_floats('0') + b'q\x010](' + b'h\1' * 50_000 + b'e'),

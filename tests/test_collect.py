@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from launch import collect, missing, results
+from launch import collect, results
 from launch import paper as paper_lib
 from launch import tables as tables_lib
 
@@ -279,7 +279,7 @@ def test_the_rectangle_spans_datasets_and_backbones(tmp_path):
 
 def test_unlike_runs_are_never_averaged(tmp_path):
   """Every key of a config but the two seeds splits a row."""
-  base = missing.get_config('nucleus', 'shots=5')
+  base = results.todays('nucleus', 'shots=5')
   skipped = {*results.NEEDED, 'data.args.split', 'data.args.data_dir'}
   for key, value in base.items():
     if key in skipped:

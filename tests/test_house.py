@@ -34,7 +34,7 @@ TEXTS = sorted(
 # Who stands where; what is not named stands on top, beside main.
 FLOORS = {
   **dict.fromkeys(('types', 'files'), 0),
-  **dict.fromkeys(('ops', 'params', 'parallel'), 1),
+  **dict.fromkeys(('config', 'ops', 'params', 'parallel'), 1),
   **dict.fromkeys(('layers', 'data', 'optim', 'workdir', 'feeding'), 2),
   **dict.fromkeys(('backbones', 'datasets', 'pretrained'), 3),
   'models': 4,

@@ -14,11 +14,12 @@ import shlex
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
 
-from launch import sweep
+from launch import local, plan, sweep
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TIMEOUT = 120
@@ -88,12 +89,14 @@ if kind == 'short':
 
 # These tests may be run by nohup, which it would inherit.
 MAIN = """
+import os
 import signal
 import sys
-from launch import sweep
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-sweep.MAIN = (sys.executable, sys.argv[1])
-sweep.POLL, sweep.GRACE = 0.01, float(sys.argv[2])
+from launch import local, plan, sweep
+hup = signal.SIG_IGN if 'IGNORE_HUP' in os.environ else signal.SIG_DFL
+signal.signal(signal.SIGHUP, hup)
+plan.MAIN = (sys.executable, sys.argv[1])
+local.POLL, local.GRACE = 0.01, float(sys.argv[2])
 sweep.main(sys.argv[3:])
 """
 
@@ -111,15 +114,26 @@ class Home:
     self.fake = path / 'fake.py'
     self.fake.write_text(FAKE)
 
-  def start(self, *arguments, grace=20.0, **environment):
-    """Starts a sweep in a session of its own, as in a terminal of its own."""
+  def start(
+    self, *arguments, grace=20.0, stdin=None, stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE, **environment,
+  ):  # fmt: skip
+    """Starts a sweep in a session of its own, as in a terminal of its own.
+
+    If stdin is a terminal, that is the session's.
+    """
+
+    def take_terminal():
+      if stdin is not None:
+        fcntl.ioctl(stdin, termios.TIOCSCTTY, 0)
+
     command = [sys.executable, '-c', MAIN, str(self.fake), str(grace)]
     command += ['small.py', *arguments]
     keep = {k: v for k, v in os.environ.items() if k not in LEFT_OUT}
     path = os.pathsep.join((str(self.bin), os.environ['PATH']))
     return subprocess.Popen(
       command, cwd=self.path, text=True, start_new_session=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      stdin=stdin, stdout=stdout, stderr=stderr, preexec_fn=take_terminal,
       env={**keep, 'PATH': path, 'PYTHONPATH': str(ROOT), **environment},
     )  # fmt: skip
 
@@ -218,15 +232,15 @@ def home(tmp_path, monkeypatch):
   ],
 )
 def test_split(text, parts):
-  assert sweep.split(text) == parts
+  assert plan.split(text) == parts
 
 
 def test_values():
-  assert sweep.values('seed=0:3,7') == ('seed', ['0', '1', '2', '7'])
-  assert sweep.values("config.model.init='',x") == (
+  assert plan.values('seed=0:3,7') == ('seed', ['0', '1', '2', '7'])
+  assert plan.values("config.model.init='',x") == (
     'config.model.init', ['', 'x'],
   )  # fmt: skip
-  assert sweep.values('a=b=c') == ('a', ['b=c'])
+  assert plan.values('a=b=c') == ('a', ['b=c'])
 
 
 @pytest.mark.parametrize(
@@ -237,16 +251,52 @@ def test_values():
     ('=5', "got '=5'"),
     ('a=5,,6', "'a=5,,6' has an empty value"),
     ('seed=5:5', "'seed=5:5' has an empty value"),
+    ('seed=7:5', "'seed=7:5' has an empty value"),
     ("a=('A',2", 'lacks a closing )'),
   ],
 )
 def test_bad_values(item, said):
   with pytest.raises(ValueError, match=re.escape(said)):
-    sweep.values(item)
+    plan.values(item)
+
+
+@pytest.mark.parametrize(
+  ('grid', 'said'),
+  [
+    (['seed=0:1000000000'], "'seed=0:1000000000' has 1,000,000,000 values"),
+    (['config.seed=3,7:100000000000000000'], '99,999,999,999,999,994 values'),
+    (['seed=0:5000,0:5001'], "'seed=0:5000,0:5001' has 10,001 values"),
+    (['seed=0:101', 'config.steps=0:100'], '0:101 config.steps=0:100'),
+    ([f'config.{x}=0:9999' for x in 'abcde'], f'{9999**5:,} values'),
+  ],
+)
+def test_a_grid_that_is_too_large(home, grid, said):
+  """It is counted, and never made: these would not fit into any memory."""
+  error = refused('--grid', *grid)
+  assert said in error
+  assert 'a sweep at most 2,000 runs' in error
+
+
+def test_a_sweep_that_does_not_end(home, monkeypatch):
+  """The file's sweep() may be a mistake too."""
+  monkeypatch.setattr(plan, 'MOST', 50)
+  home.config.write_text(
+    CONFIG.replace('for shots in (5, 10):', 'import itertools\n  for shots in '
+                   'itertools.count():')
+  )  # fmt: skip
+  assert 'the sweep() of small.py has more than 50 cells' in refused()
+
+
+def test_as_many_runs_as_there_may_be(monkeypatch, home):
+  monkeypatch.setattr(plan, 'MOST', 4)
+  grid = ['config.seed=0:2', 'shots=5,10']
+  assert len(plan.plan('small.py', grid, [], 'runs')) == 4
+  home.config.write_text(CONFIG.replace('(5, 10)', '(1, 2, 3, 4)'))
+  assert len(plan.plan('small.py', [], [], 'runs')) == 4
 
 
 def test_grid_is_a_product_with_the_last_key_fastest():
-  cells = list(sweep.grid(['b=1,2', 'config.a=x,y']))
+  cells = list(plan.grid(['b=1,2', 'config.a=x,y']))
   assert [tuple(cell.values()) for cell in cells] == [
     ('1', 'x'), ('1', 'y'), ('2', 'x'), ('2', 'y'),
   ]  # fmt: skip
@@ -286,14 +336,14 @@ def test_a_folder_of_another_config_is_not_taken_for_finished(home):
   ],
 )
 def test_names(cell, name):
-  assert sweep.name_of(cell) == name
+  assert plan.name_of(cell) == name
 
 
 def test_the_benchmark_is_planned(tmp_path):
   """The sweep() of every real config is a grid that main takes."""
   for path in sorted((ROOT / 'configs').glob('[!_]*.py')):
     if 'def sweep' in path.read_text():
-      runs = sweep.plan(str(path), [], ['config.steps=4'], str(tmp_path))
+      runs = plan.plan(str(path), [], ['config.steps=4'], str(tmp_path))
       assert len(runs) > 1
       assert all(run.folder.parent.name == path.stem for run in runs)
   assert not list(tmp_path.iterdir())
@@ -302,7 +352,7 @@ def test_the_benchmark_is_planned(tmp_path):
 def test_a_run_is_a_command(tmp_path):
   config = str(ROOT / 'configs' / 'nucleus.py')
   items = ['shots=5,10', "config.optim.trainable=('A','student')"]
-  runs = sweep.plan(config, items, ['smoke'], str(tmp_path))
+  runs = plan.plan(config, items, ['smoke'], str(tmp_path))
   folder = tmp_path / 'nucleus'
   name = 'shots=10,optim.trainable=__A_,_student__,smoke'
   assert runs[1].folder == folder / name
@@ -434,7 +484,7 @@ def test_a_stopped_run_goes_on(home):
 def test_a_run_that_is_always_stopped_fails(home):
   done = home.sweep('--grid', 'config.kind=lost,good')
   assert done.returncode == 1
-  assert len(home.starts('kind=lost')) == 1 + sweep.STALLS
+  assert len(home.starts('kind=lost')) == 1 + local.STALLS
   assert home.finished() == ['kind=good']
   mark = (home.runs / 'kind=lost.failed').read_text()
   assert mark.startswith('exit code 75, 4 times without a new checkpoint\n')
@@ -471,6 +521,45 @@ def test_stopped_and_gone_on_with(home, number, code):
   done = home.sweep(*grid, '--jobs', '2')
   assert done.returncode == 0
   assert home.finished() == names
+
+
+def close_terminal(home, *arguments, **environment):
+  """Starts a sweep in a terminal, closes that, and returns its exit code."""
+  ours, its = os.openpty()
+  process = home.start(
+    *arguments, stdin=its, stdout=its, stderr=its, **environment
+  )
+  os.close(its)
+  home.wait('kind=slow')
+  os.close(ours)  # now it is sent SIGHUP, and can say nothing any more
+  return process.wait(timeout=TIMEOUT)
+
+
+def test_a_closed_terminal_stops_it(home):
+  grid = ('--grid', 'config.kind=slow,good')
+  assert close_terminal(home, *grid) == 129
+  assert home.log('kind=slow').endswith('saved\n')
+  assert not home.starts('kind=good')
+  assert not list(home.runs.glob('*.failed'))
+  assert home.sweep(*grid).returncode == 0
+  assert home.finished() == ['kind=good', 'kind=slow']
+
+
+def test_without_its_terminal_it_goes_on_under_nohup(home):
+  home.fake.write_text(FAKE.replace('time.sleep(60)', 'time.sleep(1)'))
+  grid = ('--grid', 'config.kind=slow,good,bad')
+  assert close_terminal(home, *grid, IGNORE_HUP='1') == 1
+  assert home.finished() == ['kind=good', 'kind=slow']
+  assert (home.runs / 'kind=bad.failed').exists()
+
+
+def test_a_pipe_that_is_closed_stops_nothing(home):
+  """Such as that of `| head`."""
+  process = home.start('--grid', 'config.kind=short,good')
+  process.stdout.close()
+  assert process.wait(timeout=TIMEOUT) == 0
+  assert home.finished() == ['kind=good', 'kind=short']
+  process.stderr.close()
 
 
 def test_a_run_that_does_not_stop_is_killed(home):
@@ -546,9 +635,9 @@ def test_jobs_share_the_cores(home):
 
 def test_shares_of_cores(monkeypatch):
   monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {2, 3, 5, 7, 9})
-  assert sweep.shares(1, []) == [({}, {2, 3, 5, 7, 9})]
-  assert sweep.shares(2, []) == [({}, {2, 3}), ({}, {5, 7, 9})]
-  many = [cores for _, cores in sweep.shares(7, [])]
+  assert local.shares(1, []) == [({}, {2, 3, 5, 7, 9})]
+  assert local.shares(2, []) == [({}, {2, 3}), ({}, {5, 7, 9})]
+  many = [cores for _, cores in local.shares(7, [])]
   assert all(many)
   assert set.union(*many) == {2, 3, 5, 7, 9}
 
@@ -595,18 +684,18 @@ def test_gpus_are_none_where_nvidia_smi_fails(monkeypatch, home):
   for name in LEFT_OUT:
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setenv('PATH', str(home.bin))
-  assert sweep.gpus() == []
+  assert local.gpus() == []
   home.add('nvidia-smi', '#!/bin/sh\nexit 9\n')
-  assert sweep.gpus() == []
+  assert local.gpus() == []
   home.add('nvidia-smi', NVIDIA_SMI)
-  assert sweep.gpus() == ['0', '1']
+  assert local.gpus() == ['0', '1']
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
-  assert sweep.gpus() == []
+  assert local.gpus() == []
 
 
 def test_a_fraction_that_was_given_is_kept(monkeypatch):
   monkeypatch.setenv('XLA_CLIENT_MEM_FRACTION', '0.2')
-  assert sweep.shares(2, ['0']) == [({'CUDA_VISIBLE_DEVICES': '0'}, None)] * 2
+  assert local.shares(2, ['0']) == [({'CUDA_VISIBLE_DEVICES': '0'}, None)] * 2
 
 
 # SLURM.

@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -95,15 +96,14 @@ class Checkpointer:
 
     Args:
       step: optimiser steps done.
-      state: a tree of arrays, numbers and PRNG keys; replicated if there are
-        several processes.
+      state: a tree of arrays; replicated if there are several processes.
       data_state: the data iterator (anything with `get_state`), or its state:
         bytes or JSON-able. Each process has its own.
       extra: a JSON-able dict, the same on every process.
 
     Raises:
       OSError: this save, or the one before it, could not be written.
-      TypeError: a leaf is no array or number, or `extra` is not JSON-able.
+      TypeError: a leaf is no array of numbers, or `extra` is not JSON-able.
       ValueError: the folder holds later steps that nobody found damaged.
     """
     step = int(step)
@@ -135,20 +135,25 @@ class Checkpointer:
       )
     self._done.add(step)
 
-  def restore(self, state: Any) -> Restored | None:
+  def restore(
+    self, state: Any, renamed: Mapping[str, str] | None = None
+  ) -> Restored | None:
     """Returns the newest step that verifies, or None if there is none.
 
     Damaged steps are named in a warning, skipped, and deleted by the next
     `save`.
 
     Args:
-      state: a tree of what is wanted: arrays, `jax.ShapeDtypeStruct`s or
-        numbers. Arrays come back with the sharding given here, NumPy arrays
-        as NumPy arrays, numbers as numbers.
+      state: a tree of what is wanted: arrays or `jax.ShapeDtypeStruct`s.
+        Arrays come back with the sharding given here, NumPy arrays as NumPy
+        arrays.
+      renamed: {beginning of a path when it was saved: the same today}, such as
+        {'rest/': 'buffers/'}, for checkpoints from before a change of names.
 
     Raises:
       ValueError: an undamaged checkpoint holds other leaves, shapes or types
-        than `state`, or was saved by another number of processes.
+        than `state`, or was saved by another number of processes; or two of
+        its leaves are `renamed` to one.
       OSError: the file system does not answer: of none is it known whether it
         is damaged.
     """
@@ -179,7 +184,8 @@ class Checkpointer:
         self._damaged.add(step)
         continue
       asked, tree = _paths(state), jax.tree.structure(state)
-      _check_same(step, asked, record['leaves'])
+      leaves = _renamed(leaves, renamed)
+      _check_same(step, asked, leaves)
       self._done.add(step)
       return Restored(
         step,
@@ -273,15 +279,18 @@ class Checkpointer:
       ) from error
 
 
-def load(directory: str | os.PathLike) -> dict[str, np.ndarray]:
+def load(
+  directory: str | os.PathLike, renamed: Mapping[str, str] | None = None
+) -> dict[str, np.ndarray]:
   """All leaves of the newest step that verifies, {path: array}.
 
   Args:
     directory: a `checkpoints/` folder; nothing in it is changed.
+    renamed: as `Checkpointer.restore` takes it.
 
   Raises:
     OSError: there is no such folder.
-    ValueError: no step in it is intact.
+    ValueError: no step in it is intact, or two leaves are `renamed` to one.
   """
   directory = pathlib.Path(os.path.abspath(directory))
   if not directory.is_dir():
@@ -291,15 +300,18 @@ def load(directory: str | os.PathLike) -> dict[str, np.ndarray]:
   for step in sorted(steps, reverse=True):
     try:
       record = _read_record(directory / str(step))
-      return _read_verified(directory / str(step), record)
+      leaves = _read_verified(directory / str(step), record)
+      break
     except (MemoryError, PermissionError):
       raise
     except Exception as error:  # damaged bytes can raise anything at all
       reasons.append(f'step {step}: {_first_line(error)}')
-  raise ValueError(
-    f'no checkpoint in {directory} is intact'
-    + (f' ({"; ".join(reasons)})' if reasons else ': there is none')
-  )
+  else:
+    raise ValueError(
+      f'no checkpoint in {directory} is intact'
+      + (f' ({"; ".join(reasons)})' if reasons else ': there is none')
+    )
+  return _renamed(leaves, renamed)
 
 
 class _LaterStepsError(ValueError):
@@ -331,28 +343,34 @@ def _paths(tree):
   return named
 
 
-def _is_key(x):
-  dtype = getattr(x, 'dtype', None)
-  return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+def _renamed(leaves, renamed):
+  """{path: leaf} by the paths of today: one beginning is replaced, once."""
+  longest_first = sorted(renamed or (), key=len, reverse=True)
+  found = {}
+  for path, leaf in leaves.items():
+    before = next((x for x in longest_first if path.startswith(x)), None)
+    if before is not None:
+      path = renamed[before] + path.removeprefix(before)
+    if path in found:
+      raise ValueError(f'two leaves of the checkpoint are renamed to {path}')
+    found[path] = leaf
+  return found
 
 
 def _to_host(path, x):
   """Returns a NumPy view or copy; orbax copies it before `save` returns."""
-  array = np.asarray(jax.random.key_data(x) if _is_key(x) else x)
-  if array.dtype.kind in 'OSU':
+  if not isinstance(x, jax.Array | np.ndarray) or (
+    jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) or x.dtype.kind in 'OSU'
+  ):
     raise TypeError(
-      f'{path} is a {type(x).__name__}: only arrays and numbers are saved in '
-      'a state; put other things into `extra`'
+      f'{path} is a {type(x).__name__}: only arrays of numbers are saved in a '
+      'state; put other things into `extra`, and of a PRNG key its key_data'
     )
-  return array
+  return np.asarray(x)
 
 
 def _kind(x):
-  """Returns shape and type of an array, abstract array, key or number."""
-  if _is_key(x):
-    x = jax.eval_shape(jax.random.key_data, x)
-  elif not hasattr(x, 'dtype'):
-    x = np.asarray(x)
+  """Returns shape and type of an array, which may be abstract."""
   return {'shape': list(x.shape), 'dtype': jnp.dtype(x.dtype).name}
 
 
@@ -368,7 +386,8 @@ def _read_verified(folder, record):
   """Returns {path: array} of a step's folder, or raises."""
   leaves = _read_arrays(folder / 'state', record)
   for path, leaf in record['leaves'].items():
-    if _digest(leaves[path]) != leaf['digest']:
+    # The same bytes may be read as another type or shape.
+    if {**_kind(leaves[path]), 'digest': _digest(leaves[path])} != leaf:
       raise ValueError(f'{path} differs from its checksum')
   return leaves
 
@@ -407,17 +426,12 @@ def _seal(record):
 
 
 def _place(asked, array):
-  """Returns a verified host array as the kind of leaf that was asked for."""
-  if isinstance(asked, bool | int | float | complex):
-    return type(asked)(array.item())
-  if isinstance(asked, np.ndarray | np.generic):
-    return array if isinstance(asked, np.ndarray) else array[()]
+  """Returns a verified host array as the kind of array that was asked for."""
+  if isinstance(asked, np.ndarray):
+    return array
   sharding = getattr(asked, 'sharding', None)
   if isinstance(asked, jax.Array) and not asked.committed:
     sharding = None  # stays free to follow the arrays it is combined with
-  if _is_key(asked):
-    key = jax.random.wrap_key_data(array, impl=asked.dtype._impl)
-    return key if sharding is None else jax.device_put(key, sharding)
   if sharding is None:
     return jnp.array(array)
   # Unlike device_put, this needs no communication between processes.
@@ -429,10 +443,7 @@ def _place(asked, array):
 def _check_same(step, asked, saved):
   """Raises a ValueError that lists how a tree and a checkpoint differ."""
   wanted = {path: _kind(x) for path, x in asked.items()}
-  found = {
-    path: {'shape': x['shape'], 'dtype': x['dtype']}
-    for path, x in saved.items()
-  }
+  found = {path: _kind(x) for path, x in saved.items()}
 
   def say(path):
     if path not in found:

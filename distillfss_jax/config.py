@@ -1,0 +1,161 @@
+"""Configs: loading them, checking what is changed in them, and comparing them.
+
+A config is a `ConfigDict` that the `get_config(arg)` of a file returns; it is
+named as 'configs/nucleus.py:shots=5', where what follows the colon is `arg`.
+Its keys are written with dots, as 'data.image_size'. A run's folder keeps its
+config in config.json, which outlives changes of the code: keys that have
+another name now are in `RENAMED`, and one that a saved config lacks had no
+meaning when it was saved, so it has the default of today.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+import re
+import runpy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from distillfss_jax import files
+
+# {key of old: key of today}, the oldest change first; either may be a group of
+# keys, such as 'model'. Applied to saved configs and to flags, so that folders
+# and commands from before a change go on.
+RENAMED: dict[str, str] = {}
+
+
+def load(text: str) -> ConfigDict:
+  """The config of 'file.py' or 'file.py:arg'.
+
+  Raises:
+    ValueError: there is no such file, it is no config, or it takes no such
+      argument; says what exists.
+  """
+  path, _, arg = text.partition(':')
+  return read_file(path)['get_config'](*([arg] if arg else []))
+
+
+def read_file(path: str | os.PathLike) -> dict[str, Any]:
+  """What a file of configs defines: `get_config`, perhaps `sweep`.
+
+  Raises:
+    ValueError: there is no such file, or it is no config.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    folder = path.parent if path.parent.is_dir() else pathlib.Path('configs')
+    known = ', '.join(sorted(map(str, folder.glob('[!_]*.py')))) or 'none'
+    raise ValueError(f'no config {path}; there are: {known}')
+  try:
+    defined = runpy.run_path(str(path))
+  except Exception as error:  # whatever its code does
+    raise ValueError(
+      f'{path} cannot be loaded: {type(error).__name__}: {error}'
+    ) from error
+  if 'get_config' not in defined:
+    raise ValueError(f'{path} has no get_config(): it is not a config')
+  return defined
+
+
+def renamed(key: str) -> str:
+  """A key of old as it is called today; any other as it is."""
+  for old, new in RENAMED.items():
+    if key == old or key.startswith(f'{old}.'):
+      key = new + key.removeprefix(old)
+  return key
+
+
+def check_key(config: ConfigDict, key: str) -> None:
+  """Raises ValueError where a config lacks a key; says what exists."""
+  value = config
+  for part in key.split('.'):
+    known = list(value) if isinstance(value, ConfigDict) else []
+    if part not in known:
+      raise ValueError(
+        f'no key {part!r} in config.{key}; there are: '
+        f'{", ".join(known) or "none"}'
+      )
+    value = value[part]
+
+
+def check_flags(argv: Iterable[str]) -> list[str]:
+  """A command line, with keys of --config.key as they are called today.
+
+  Raises:
+    ValueError: the config that --config names cannot be loaded, or lacks a key.
+  """
+  # ml_collections would raise from deep inside, without saying what exists.
+  argv, keys = list(argv), []
+  for i, arg in enumerate(argv):
+    if found := re.fullmatch(r'(--?(?:no)?config\.)([^=]+)(=.*)?', arg, re.S):
+      dashes, key, value = found.groups('')
+      keys.append(renamed(key))
+      argv[i] = dashes + keys[-1] + value
+  pairs = itertools.pairwise([*argv, ''])
+  named = [b for a, b in pairs if a in ('-config', '--config')]
+  named += [x.partition('=')[2] for x in argv if re.match('--?config=', x)]
+  if named:
+    config = load(named[0])
+    for key in keys:
+      check_key(config, key)
+  return argv
+
+
+def saved(path: str | os.PathLike) -> dict[str, Any]:
+  """A config.json as {key: value}, with keys as they are called today.
+
+  Raises:
+    ValueError: the file is damaged.
+    OSError: it cannot be read.
+  """
+  return {renamed(k): v for k, v in flat(files.read_json(path)).items()}
+
+
+def flat(config: ConfigDict | Mapping) -> dict[str, Any]:
+  """A config as {key: value}: {'a': {'b': (1,)}} is {'a.b': [1]}, as in JSON.
+
+  Groups without a key leave nothing.
+  """
+  if isinstance(config, ConfigDict):
+    config = json.loads(config.to_json_best_effort())
+  found = {}
+  for key, value in config.items():
+    if isinstance(value, Mapping):
+      found |= {f'{key}.{inner}': x for inner, x in flat(value).items()}
+    else:
+      found[key] = value
+  return found
+
+
+def differences(
+  before: ConfigDict | Mapping, now: ConfigDict | Mapping
+) -> list[str]:
+  """How a saved config differs from one of today, as 'key was 1, is 2'.
+
+  What `before` lacks is no difference: an option that is new has a default
+  that changes nothing. What only `before` has is one: it meant something.
+
+  Args:
+    before: saved, flat or nested; see `saved`.
+    now: of today.
+  """
+  before, now = flat(before), flat(now)
+  return [
+    f'{key} was {value!r}, is {repr(now[key]) if key in now else "absent"}'
+    for key, value in sorted(before.items())
+    if key not in now or value != now[key]
+  ]
+
+
+def differing(configs: Iterable[Mapping[str, Any]]) -> list[str]:
+  """The keys, in order, whose values are not the same in all flat configs."""
+  configs = list(configs)
+  return [
+    key
+    for key in dict.fromkeys(itertools.chain(*configs))
+    # As text, since in Python 1 and true are equal, and lists have no hash.
+    if len({repr(x[key]) if key in x else '' for x in configs}) > 1
+  ]
