@@ -4,8 +4,8 @@ A config is a `ConfigDict` that the `get_config(arg)` of a file returns; it is
 named as 'configs/nucleus.py:shots=5', where what follows the colon is `arg`.
 Its keys are written with dots, as 'data.image_size'. A run's folder keeps its
 config in config.json, which outlives changes of the code: keys that have
-another name now are in `RENAMED`, and one that a saved config lacks had no
-meaning when it was saved, so it has the default of today.
+another name now are in `RENAMED`, and those that came later in `ADDED`, with
+what they must be for a run from before to go on as it began.
 """
 
 import itertools
@@ -24,7 +24,27 @@ from distillfss_jax import files
 # {key of old: key of today}, the oldest change first; either may be a group of
 # keys, such as 'model'. Applied to saved configs and to flags, so that folders
 # and commands from before a change go on.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+  f'model.{key}': f'model.fields.{key}'
+  for key in (
+    'heads', 'dropout', 'positional', 'concat_support', 'voting', 'mix_size',
+  )
+}  # fmt: skip
+
+# {key of today: its default}, of keys that older folders lack.
+ADDED: dict[str, Any] = {
+  'model.name': 'dcama',
+  'optim.power': 0.9,
+  'optim.stairs': [],
+  'optim.warmup': '0',
+  'optim.nesterov': True,
+  'optim.clip_norm': 0.0,
+  'optim.clip_value': 0.0,
+  'optim.groups': [],
+  'epochs': 0.0,
+  'eval.keep_best': False,
+  'eval.patience': 0,
+}
 
 
 def load(text: str) -> ConfigDict:
@@ -105,13 +125,14 @@ def check_flags(argv: Iterable[str]) -> list[str]:
 
 
 def saved(path: str | os.PathLike) -> dict[str, Any]:
-  """A config.json as {key: value}, with keys as they are called today.
+  """A config.json as {key: value}, with the keys of today.
 
   Raises:
     ValueError: the file is damaged.
     OSError: it cannot be read.
   """
-  return {renamed(k): v for k, v in flat(files.read_json(path)).items()}
+  found = {renamed(k): v for k, v in flat(files.read_json(path)).items()}
+  return {**ADDED, **found}
 
 
 def flat(config: ConfigDict | Mapping) -> dict[str, Any]:
@@ -135,18 +156,19 @@ def differences(
 ) -> list[str]:
   """How a saved config differs from one of today, as 'key was 1, is 2'.
 
-  What `before` lacks is no difference: an option that is new has a default
-  that changes nothing. What only `before` has is one: it meant something.
-
   Args:
     before: saved, flat or nested; see `saved`.
     now: of today.
   """
   before, now = flat(before), flat(now)
+
+  def said(config, key):
+    return repr(config[key]) if key in config else 'absent'
+
   return [
-    f'{key} was {value!r}, is {repr(now[key]) if key in now else "absent"}'
-    for key, value in sorted(before.items())
-    if key not in now or value != now[key]
+    f'{key} was {said(before, key)}, is {said(now, key)}'
+    for key in sorted(before.keys() | now.keys())
+    if (key in before) != (key in now) or before.get(key) != now.get(key)
   ]
 
 

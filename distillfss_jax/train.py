@@ -98,7 +98,9 @@ def _run(config, workdir, stop):
     logging.info('parameters:\n%s', _overview(initial, program, config))
     saver = checkpoint.Checkpointer(workdir / 'checkpoints')
     last.callback(saver.close)
-    found = saver.restore(jax.eval_shape(program.start, initial))
+    found = saver.restore(
+      jax.eval_shape(program.start, initial), renamed=RENAMED
+    )
     if not (found or fresh):
       initial = program.load(initial)
     out = writer.create(workdir, resume_step=found.step if found else -1)

@@ -887,10 +887,10 @@ def test_unknown_pattern_lists_candidates():
   [
     ({'system': 'distilfss'}, 'there are: distillfss, episodic, transferfss'),
     ({'student': 'big'}, 'there are: attention, full, light'),
-    ({'backbone_mode': 'eval'}, "'frozen' or 'reference', not 'eval'"),
-    ({'model__voting': 2}, 'set model.fields.voting='),
-    ({'model__concat_support': True}, 'set it to False'),
-    ({'model__heads': 7}, '7 heads do not divide'),
+    ({'backbone_mode': 'eval'}, "is 'eval'; there are: frozen, reference"),
+    ({'model__fields__voting': 2}, 'set model.fields.voting='),
+    ({'model__fields__concat_support': True}, 'set it to False'),
+    ({'model__fields__heads': 7}, '7 heads do not divide'),
   ],
 )
 def test_config_errors(change, message):
@@ -904,7 +904,7 @@ def test_optimiser_of_a_way_counts_its_own_steps():
   rng = np.random.default_rng(0)
   paths = ('student/kernel', 'teacher/kernel')
   start = {p: rng.normal(size=(3, 4)).astype(np.float32) for p in paths}
-  tx = optim.build(config, paths, 10)
+  tx = optim.build(config, paths, 10, stacked=('student/.*',))
   now, state = start, tx.init(start)
   adamw = optax.adamw(config.lr, weight_decay=config.weight_decay)
   alone = [start['student/kernel'][i] for i in range(3)]
@@ -927,7 +927,7 @@ def test_optimiser_of_a_way_counts_its_own_steps():
 
 def _coarse_gradient(detach):
   """Gradient of the coarse term alone, by path."""
-  config = _small(loss__detach=detach, model__dropout=0.0)
+  config = _small(loss__detach=detach, model__fields__dropout=0.0)
   merge, moved, variables = _filled(config)
   images, labels = _support()
   trained, rest = _split(variables, moved)
@@ -993,7 +993,7 @@ def test_reference_mode_moves_running_statistics():
     for path, x in statistics.items():
       own.setdefault(f'teacher/backbone/{path}', []).append(np.asarray(x[0]))
     for level, x in enumerate(pyramid):
-      held = bank.pyramid[level][i]
+      held = bank.queries[level][i]
       np.testing.assert_allclose(
         held, x[0][-held.shape[0] :], rtol=1e-4, atol=1e-4
       )
@@ -1020,7 +1020,7 @@ def test_reference_mode_drops_paths(mode):
     backbone_mode=mode,
     system='transferfss',
     optim__trainable=('D',),
-    model__dropout=0.0,
+    model__fields__dropout=0.0,
     data__image_size=2 * _SIZE,
     model__backbone__name='swin_tiny_test',
     model__backbone__fields={
@@ -1090,7 +1090,7 @@ def test_labels_of_an_episode():
   )
   keys = jax.random.split(jax.random.key(0), 3)
   table = np.array([[0, 1], [0, 2], [0, 0]])
-  _, found, (_, masks, seen) = system._episode(bank, table, keys)
+  _, found, (_, masks, seen) = system.episode(bank, table, keys)
   expected = np.stack([labels[0]] * 3)
   expected[0][np.isin(expected[0], (1, 3))] = 0
   expected[1][np.isin(expected[1], (1, 2))] = 0
