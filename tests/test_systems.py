@@ -888,7 +888,7 @@ def test_unknown_pattern_lists_candidates():
     ({'system': 'distilfss'}, 'there are: distillfss, episodic, transferfss'),
     ({'student': 'big'}, 'there are: attention, full, light'),
     ({'backbone_mode': 'eval'}, "is 'eval'; there are: frozen, reference"),
-    ({'model__fields__voting': 2}, 'set model.fields.voting='),
+    ({'model__fields__voting': 2}, 'set it to 0'),
     ({'model__fields__concat_support': True}, 'set it to False'),
     ({'model__fields__heads': 7}, '7 heads do not divide'),
   ],
@@ -998,7 +998,11 @@ def test_reference_mode_moves_running_statistics():
         held, x[0][-held.shape[0] :], rtol=1e-4, atol=1e-4
       )
   assert set(own) == {p for p in variables if p.endswith(('/mean', '/var'))}
-  after_step = jax.jit(lambda v, *args: merge(v).after_step(v, bank, *args))
+  after_step = jax.jit(
+    lambda v, rows, valid: merge(v).after_step(
+      v, bank, Table(rows), Items(None, valid)
+    )
+  )
   present = np.asarray(bank.present)
   for valid in ([1, 1, 1, 1, 1], [1, 0, 1, 1, 0]):
     valid = np.array(valid, bool)
