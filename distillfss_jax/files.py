@@ -103,7 +103,7 @@ def _fraction(text):
 
 def _check_json(value):
   level = [value]
-  for _ in range(NESTED):
+  for _ in range(NESTED + 1):
     inner = []
     for x in level:
       if isinstance(x, dict):

@@ -387,6 +387,19 @@ def test_missing_folders(two_steps, tmp_path, name):
   assert sorted(p.name for p in folder.iterdir()) == ['1', '3']
 
 
+def test_a_damaged_step_that_was_saved_again_stays(two_steps, tmp_path):
+  folder = tmp_path / 'run'
+  shutil.copytree(two_steps, folder)
+  truncate(folder / '2' / 'record' / 'metadata')
+  saver = checkpoint.Checkpointer(folder)
+  assert saver.restore(small()).step == 1
+  saver.save(2, small(22))
+  saver.save(3, small(3))
+  saver.close()
+  assert sorted(x.name for x in folder.iterdir()) == ['2', '3']
+  np.testing.assert_array_equal(checkpoint.load(folder)['w'], small(3)['w'])
+
+
 def test_nothing_intact_starts_over(two_steps, tmp_path, caplog):
   folder = tmp_path / 'run'
   shutil.copytree(two_steps, folder)
@@ -587,6 +600,17 @@ def test_two_processes(tmp_path):
     assert np.all(np.asarray(found.state['w']) == 1)
     assert found.state['w'].sharding == whole
     saver.save(2, state(5))
+    saver.close()
+    # What only one of them cannot read, none of them takes.
+    if process == 1:
+      read = checkpoint._read_arrays
+      def fails(path, record):
+        if path.parent.name == '2':
+          raise ValueError('the file did not reach this machine')
+        return read(path, record)
+      checkpoint._read_arrays = fails
+    saver = checkpoint.Checkpointer(folder)
+    assert saver.restore(state(0)).step == 1
     saver.close()
     print('fine', flush=True)
     jax.distributed.shutdown()

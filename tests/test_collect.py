@@ -14,7 +14,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from launch import collect, results
+from distillfss_jax import config as configs
+from distillfss_jax import files
+from launch import collect, missing, results
 from launch import paper as paper_lib
 from launch import tables as tables_lib
 
@@ -378,6 +380,180 @@ def test_unfinished_and_damaged(root, capsys):
   assert flags_of(line)[3] == str(folder)
   assert config_of(line) == json.loads((folder / 'config.json').read_text())
   assert len(report.missing) == 4
+
+
+def nested(levels, inside='0'):
+  """JSON of one object and so many lists in it."""
+  return f'{{"a": {"[" * (levels - 1)}{inside}{"]" * (levels - 1)}}}'
+
+
+# What a file may be that is no JSON of a run, and what is said of it.
+NO_JSON = {
+  'nothing': ('', 'Expecting value'),
+  'half': ('{"test": {"stud', 'Unterminated string'),
+  'bytes': (b'\xff\xfe{', 'decode'),
+  'zeros': (bytes(100), 'JSON|decode|Expecting'),
+  'a list': ('[1]', 'no JSON object'),
+  'a number': ('3', 'no JSON object'),
+  'null': ('null', 'no JSON object'),
+  'lists in lists': ('[' * 100_000, 'nested deeper'),
+  'objects in objects': ('{"a":' * 100_000, 'nested deeper'),
+  'closed lists': (nested(5000), 'nested deeper'),
+  'one level too many': (nested(65), 'nested deeper than 64 levels'),
+  'deep names': (
+    '{"a":' * 200 + '1' + '}' * 200, 'nested deeper than 64 levels',
+  ),
+  'thousands of digits': ('{"a": ' + '9' * 5000 + '}', 'number 9+.* large'),
+  'hundreds of digits': ('{"a": [1' + '0' * 400 + ']}', 'number 10+.* large'),
+  'more than int64': (f'{{"a": {2**63}}}', f'{2**63}'[:9]),
+  'a negative one': (f'{{"a": {-(2**63) - 1}}}', 'too large'),
+  'a large exponent': ('{"a": {"b": -1e999}}', 'the number -1e999 is too'),
+  'a large fraction': ('{"a": ' + '9' * 400 + '.5}', 'too large'),
+  'half a character': (r'{"a": ["\ud800"]}', 'surrogates'),
+  'half a name': (r'{"a": {"\udfff": 1}}', 'surrogates'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', NO_JSON)
+def test_json_is_read_or_refused_in_a_line(tmp_path, kind):
+  content, said = NO_JSON[kind]
+  path = tmp_path / 'x.json'
+  path.write_bytes(content if isinstance(content, bytes) else content.encode())
+  with pytest.raises(ValueError, match=said) as caught:
+    files.read_json(path, 'do this')
+  line = str(caught.value)
+  assert line.startswith(f'{path} is damaged (')
+  assert line.endswith('): do this')
+  assert '\n' not in line
+  assert len(line) < len(str(path)) + 200
+
+
+def test_json_as_large_as_it_may_be(tmp_path, monkeypatch):
+  path = tmp_path / 'x.json'
+  deep = nested(63, f'[{2**63 - 1}, {-(2**63)}, 1e308, NaN, "é", true]')
+  path.write_text(deep)
+  value = files.read_json(path)['a']
+  for _ in range(62):
+    [value] = value
+  assert value[:3] == [2**63 - 1, -(2**63), 1e308]
+  assert value[4:] == ['é', True]
+  monkeypatch.setattr(files, 'LARGEST', path.stat().st_size)
+  files.read_json(path)
+  path.write_text(f'{deep} ')
+  with pytest.raises(
+    ValueError, match=r'damaged \(more than .* bytes\): delete'
+  ):
+    files.read_json(path)
+  with pytest.raises(FileNotFoundError):
+    files.read_json(tmp_path / 'none.json')
+
+
+# Scores that are none, as results.json may have them under the role 'student'.
+NO_SCORES = [
+  1e308, -1e300, 1e9, float('inf'), float('-inf'), True, None, '0.5', [0.5], {},
+]  # fmt: skip
+NO_RESULTS = [
+  {}, {'test': 3}, {'test': []}, {'test': {}}, {'test': {'student': [1]}},
+  {'test': {'student': None}}, {'test': {'student': {'iou': 0.5}}},
+  *({'test': {'student': {'miou': x}}} for x in NO_SCORES),
+]  # fmt: skip
+
+
+def of_damaged(root, capsys, folder):
+  """All but the damaged run is there, which is named once."""
+  collect.main([str(root)])
+  out, err = capsys.readouterr()
+  assert '71.0 ± 1.4 (n=2)' in out
+  [line] = err.splitlines()
+  assert line.startswith('warning: ')
+  assert line.count(str(folder)) == 1
+  assert line.endswith('; it is left out')
+
+
+@pytest.mark.parametrize('results', NO_RESULTS, ids=repr)
+def test_results_of_wrong_kinds(root, capsys, results):
+  folder = put(root, 'shots=25', 0.5)
+  (folder / 'results.json').write_text(json.dumps(results))
+  of_damaged(root, capsys, folder)
+
+
+@pytest.mark.parametrize('name', ['config.json', 'results.json'])
+@pytest.mark.parametrize('kind', NO_JSON)
+def test_files_of_runs_that_are_no_json(root, capsys, kind, name):
+  content, _ = NO_JSON[kind]
+  folder = put(root, 'shots=25', 0.5)
+  (folder / name).write_bytes(
+    content if isinstance(content, bytes) else content.encode()
+  )
+  of_damaged(root, capsys, folder)
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('name', None), ('system', 3), ('student', []), ('seed', 1.5),
+    ('seed', True), ('data', 'nucleus'), ('data.name', {'x': 1}),
+    ('model', []), ('model.backbone', None), ('support', 5),
+    ('support.shots', '5'), ('support.rule', 0), ('support.seed', None),
+  ],
+)  # fmt: skip
+def test_configs_of_wrong_types(root, capsys, key, value):
+  folder = put(root, 'shots=25', 0.5, changes={key: value})
+  of_damaged(root, capsys, folder)
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('name', '../secret'), ('name', '__init__'), ('name', 'demo:smoke'),
+    ('name', 'x\ny'), ('data.args', 3), ('data.args.split', [{'a': []}]),
+    ('optim', None), ('optim.trainable', {'D': [1]}), ('steps', -(2**62)),
+    ('support.shots', -3), ('seed', 2**62), ('loss.gamma', float('nan')),
+    ('model.init', ['a', ['b']]), ('model.backbone.fields', {'a': {'b': 1}}),
+  ],
+)  # fmt: skip
+def test_configs_of_odd_values(root, capsys, key, value):
+  """They are runs of their own, whatever it was that they ran."""
+  for arg in ('shots=25', 'shots=50'):
+    put(root, arg, *([0.5] if arg == 'shots=25' else []), changes={key: value})
+  collect.main([str(root), '--format', 'markdown,csv,latex'])
+  out, err = capsys.readouterr()
+  assert not err
+  assert '71.0 ± 1.4 (n=2)' in out
+  assert '50.0 (n=1)' in out
+  collect.main([str(root), '--paper'])
+  assert '50.0 (n=1)' in capsys.readouterr().out
+
+
+def test_a_name_runs_no_file(root, tmp_path, capsys):
+  """Names of configs come from folders that anybody may have written."""
+  (tmp_path / 'secret.py').write_text('raise SystemExit("this file was run")')
+  put(root, 'shots=25', 0.5, changes={'name': str(tmp_path / 'secret')})
+  collect.main([str(root)])
+  assert '50.0 (n=1)' in capsys.readouterr().out
+
+
+def test_runs_from_before_an_option_and_a_new_name(root, monkeypatch):
+  """They are averaged with later ones, and go on by the same commands."""
+  folder = root / 'nucleus' / 'method=distill,shots=5,backbone=swin_b,seed=1'
+  config = json.loads((folder / 'config.json').read_text())
+  config['sweeps'] = config.pop('steps')
+  del config['micro_batch'], config['source']
+  (folder / 'config.json').write_text(json.dumps(config))
+  monkeypatch.setattr(configs, 'RENAMED', {'sweeps': 'steps'})
+  report, warnings = made(root)
+  assert not warnings
+  assert not report.notes
+  key = 'nucleus', 'DistillFSS', 'swin_b', '', 5
+  assert cells(report)[key] == '71.0 ± 1.4 (n=2)'
+  assert len(report.missing) == len(HOLES)
+  assert missing.cell_of(results.load(folder)) == {
+    'method': 'distill', 'shots': 5, 'backbone': 'swin_b', 'seed': 1,
+  }  # fmt: skip
+  # An argument of a constructor has no default of the config's.
+  del config['data']['args']['split']
+  (folder / 'config.json').write_text(json.dumps(config))
+  assert ('nucleus split=frozen', *key[1:]) in cells(made(root)[0])
 
 
 def failed(capsys, *arguments):

@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from configs import common
-from distillfss_jax import backbones, datasets, systems
+from distillfss_jax import backbones, datasets, systems, train
+from distillfss_jax import config as configs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = sorted(
@@ -280,6 +281,9 @@ def assert_one_error(text, said):
 def test_command_line_errors(tmp_path):
   """One error that names what was given and what exists, and no run."""
   demo = '--config=configs/demo.py:smoke'
+  broken, empty = tmp_path / 'broken.py', tmp_path / 'empty.py'
+  broken.write_text('def get_config(:')
+  empty.touch()
   cases = (
     ((), ('--config configs/demo.py',)),
     ((demo, '--config.stepz=3'), ('stepz', 'steps')),
@@ -291,6 +295,10 @@ def test_command_line_errors(tmp_path):
     ((demo, '--config.data=3'), ('config.data', '3')),
     (('--config', 'configs/nowhere.py'), ('nowhere.py', 'configs/demo.py')),
     (('--config', 'configs/demo.py:smok'), ("'smok'", 'there are: smoke')),
+    ((demo, '--noconfig.eval.nativ'), ('nativ', 'native')),
+    (('-config=configs/demo.py:smok',), ("'smok'", 'there are: smoke')),
+    (('--config', f'{broken}:x'), (str(broken), 'SyntaxError')),
+    (('--config', f'{empty}'), (str(empty), 'no get_config()')),
     ((demo, '--nothing=1'), ('nothing',)),
     ((demo, 'more'), ('more',)),
   )
@@ -299,3 +307,190 @@ def test_command_line_errors(tmp_path):
   for (_, said), text in zip(cases, refused(lines, tmp_path), strict=True):
     assert_one_error(text, said)
   assert not workdir.exists()
+
+
+# distillfss_jax/config.py.
+
+
+def test_load():
+  assert configs.load('configs/demo.py') == load('demo')
+  assert configs.load('configs/nucleus.py:shots=10,smoke') == load(
+    'nucleus', 'shots=10,smoke'
+  )
+  assert 'sweep' in configs.read_file('configs/nucleus.py')
+  assert 'sweep' not in configs.read_file('configs/demo.py')
+
+
+@pytest.mark.parametrize(
+  ('text', 'said'),
+  [
+    ('import nowhere_at_all', 'cannot be loaded: ModuleNotFoundError: No mod'),
+    ('x = [', 'cannot be loaded: SyntaxError'),
+    ('raise RecursionError("deep")', 'cannot be loaded: RecursionError: deep'),
+    ('get = 1', 'has no get_config(): it is not a config'),
+  ],
+)
+def test_files_that_are_no_configs(tmp_path, text, said):
+  path = tmp_path / 'mine.py'
+  path.write_text(text)
+  with pytest.raises(ValueError, match=re.escape(f'{path} {said}')):
+    configs.load(f'{path}:seed=3')
+
+
+def test_configs_that_exist_are_listed(tmp_path, monkeypatch):
+  for name in ('b.py', 'a.py', '_c.py', 'd.txt'):
+    (tmp_path / name).touch()
+  said = f'no config {tmp_path}/x.py; there are: {tmp_path}/a.py, {tmp_path}/b'
+  with pytest.raises(ValueError, match=re.escape(said)):
+    configs.load(f'{tmp_path}/x.py:a')
+  with pytest.raises(ValueError, match=r'configs/demo\.py'):
+    configs.load('no/such/folder/x.py')
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match=r'no config no/x\.py; there are: none'):
+    configs.load('no/x.py')
+
+
+def test_check_key():
+  config = load('demo')
+  configs.check_key(config, 'model.backbone.name')
+  configs.check_key(config, 'model')
+  for key, said in (
+    ('modle.name', r"'modle' in config\.modle\.name; there are: .*model"),
+    ('model.nam', r"'nam' in config\.model\.nam; there are: .*backbone"),
+    ('steps.x', r"no key 'x' in config\.steps\.x; there are: none"),
+    ('', r"no key '' in config\.; there are: .*steps"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      configs.check_key(config, key)
+
+
+RENAMED = {'sweeps': 'steps', 'net': 'model', 'model.vote': 'model.voting'}
+
+
+@pytest.fixture
+def after_a_change(monkeypatch):
+  """Some keys had other names when folders and commands were made."""
+  monkeypatch.setattr(configs, 'RENAMED', RENAMED)
+
+
+def test_renamed(after_a_change):
+  for old, new in {
+    'sweeps': 'steps', 'net.heads': 'model.heads', 'net': 'model',
+    'net.vote': 'model.voting',  # twice, one after the other
+    'steps': 'steps', 'sweeps_all': 'sweeps_all', 'a.sweeps': 'a.sweeps',
+    'model.voters': 'model.voters',
+  }.items():  # fmt: skip
+    assert configs.renamed(old) == new
+
+
+def test_commands_from_before_a_change(after_a_change):
+  demo = '--config=configs/demo.py:smoke'
+  line = [
+    'main', demo, '--config.sweeps=3', '-config.net.vote', '2',
+    '--noconfig.net.positional', '--config.net.init=a=b', '--workdir=sweeps',
+    '--config.steps=4',
+  ]  # fmt: skip
+  assert configs.check_flags(line) == [
+    'main', demo, '--config.steps=3', '-config.model.voting', '2',
+    '--noconfig.model.positional', '--config.model.init=a=b',
+    '--workdir=sweeps', '--config.steps=4',
+  ]  # fmt: skip
+  with pytest.raises(ValueError, match=r"'heds' in config\.model\.heds"):
+    configs.check_flags(['main', demo, '--config.net.heds=3'])
+  # The first look at a line that names no config is not here.
+  assert configs.check_flags(['main', '--config.x=3']) == [
+    'main', '--config.x=3',
+  ]  # fmt: skip
+
+
+def test_main_takes_a_command_from_before_a_change():
+  code = """
+import sys
+from absl import app
+from distillfss_jax import config, main
+config.RENAMED['net.vote'] = 'model.voting'
+sys.argv = ['main.py', '--config', 'configs/demo.py', '--config.net.vote=7']
+app.run(lambda _: print(main._CONFIG.value.model.voting),
+        flags_parser=main.parse)
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
+    check=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+  )  # fmt: skip
+  assert done.stdout == '7\n'
+
+
+def test_flat():
+  assert configs.flat({'a': {'b': 1, 'c': {'d': [2]}, 'e': {}}, 'f': None}) == {
+    'a.b': 1, 'a.c.d': [2], 'f': None,
+  }  # fmt: skip
+  found = configs.flat(load('demo'))
+  assert found['optim.trainable'] == ['D', 'student', 'backbone']
+  assert found['data.args.zoom'] == 2.0
+  assert configs.flat(found) == found
+
+
+def test_differences():
+  config = load('demo')
+  text = json.loads(config.to_json_best_effort())
+  assert configs.differences(text, config) == []
+  text['steps'] = 7
+  text['optim']['trainable'] = ['D']
+  text['model']['gone'] = 'x'
+  del text['model']['voting'], text['eval']
+  assert configs.differences(text, config) == [
+    "model.gone was 'x', is absent",
+    "optim.trainable was ['D'], is ['D', 'student', 'backbone']",
+    'steps was 7, is 1200',
+  ]
+  assert configs.differences({'model': 3}, config) == [
+    'model was 3, is absent'
+  ]  # fmt: skip
+  assert configs.differences({}, {'a': 1}) == []
+
+
+def test_differing():
+  same = {'a': 1, 'b': [1, {}], 'c': 0}
+  assert configs.differing([same, dict(same)]) == []
+  assert configs.differing([]) == []
+  assert configs.differing([same, {**same, 'b': [1], 'c': False}]) == [
+    'b', 'c',
+  ]  # fmt: skip
+  # What is absent is not the same as any value.
+  assert configs.differing([{'x': None}, {}]) == ['x']
+  assert configs.differing([{}, {'x': ''}]) == ['x']
+
+
+def test_a_run_survives_a_new_option_and_a_new_name(tmp_path, after_a_change):
+  """And nothing else: what it had and no longer has is said."""
+  config = load('demo', 'smoke')
+  kept = json.loads(config.to_json_best_effort())
+  kept['sweeps'] = kept.pop('steps')
+  kept['net'] = kept.pop('model')
+  kept['net']['vote'] = kept['net'].pop('voting')
+  del kept['micro_batch'], kept['source']  # not yet there
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(kept))
+  assert configs.saved(path)['model.voting'] == 0
+  assert 'net.vote' not in configs.saved(path)
+  train._check_same(config, tmp_path)
+  for key, value, said in (
+    ('sweeps', 5, 'steps was 5, is 4'), ('old', 1, 'old was 1, is absent'),
+  ):  # fmt: skip
+    path.write_text(json.dumps({**kept, key: value}))
+    with pytest.raises(ValueError, match=f'differs in: {said}$'):
+      train._check_same(config, tmp_path)
+  path.write_text('{"steps": ')
+  with pytest.raises(ValueError, match=r'config\.json is damaged'):
+    train._check_same(config, tmp_path)
+
+
+def test_it_loads_without_jax():
+  code = (
+    'import sys; from distillfss_jax import config; print("jax" in sys.modules)'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
+    check=True,
+  )  # fmt: skip
+  assert done.stdout == 'False\n'

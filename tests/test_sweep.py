@@ -19,6 +19,7 @@ import time
 
 import pytest
 
+from distillfss_jax import config as configs
 from launch import local, plan, sweep
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -321,6 +322,30 @@ def test_a_folder_of_another_config_is_not_taken_for_finished(home):
   place.write_text(json.dumps(config))
   home.config.write_text(CONFIG.replace('1e-3', '1e-2'))
   assert 'optim.lr was 0.001, is 0.01' in refused(*grid)
+
+
+def test_a_sweep_from_before_a_change(home, monkeypatch):
+  """Keys of old are taken; runs lie where they did, and lack new options."""
+  grid = ['config.rate=0.1,0.2', 'config.art=good']
+  with pytest.raises(ValueError, match="no key 'rate'"):
+    plan.plan('small.py', grid, [], 'runs')
+  monkeypatch.setattr(configs, 'RENAMED', {'rate': 'optim.lr', 'art': 'kind'})
+  home.config.write_text(CONFIG)
+  runs = plan.plan('small.py', grid, [], 'runs')
+  assert [run.name for run in runs] == [
+    'rate=0.1,art=good',
+    'rate=0.2,art=good',
+  ]
+  assert runs[0].flags[2:] == ('--config.rate=0.1', '--config.art=good')
+  runs[1].folder.mkdir(parents=True)
+  place = runs[1].folder / 'config.json'
+  saved = {'seed': 0, 'art': 'good', 'rate': 0.2}  # before there was trainable
+  saved['optim'] = {}
+  place.write_text(json.dumps(saved))
+  plan.plan('small.py', grid, [], 'runs')
+  place.write_text(json.dumps({**saved, 'rate': 0.3}))
+  with pytest.raises(ValueError, match=r'optim\.lr was 0\.3, is 0\.2'):
+    plan.plan('small.py', grid, [], 'runs')
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,41 @@ def test_runs_that_lack_are_named(grid, tmp_path, capsys):
   assert np.isnan(found.table[1]).all()
 
 
+@pytest.mark.parametrize('name', ['config.json', 'results.json', 'ids.json'])
+@pytest.mark.parametrize(
+  'text',
+  [
+    '[' * 100_000, '{"a":' * 5000 + '1' + '}' * 5000, '3', '[]', '{"te',
+    '{"test": {"student": {"miou": 1e308}}, "support": 3}',
+    '{"test": {"student": {"miou": 1' + '0' * 400 + '}}}',
+    '{"test": {"student": {"miou": "0.5"}}, "support": null}',
+    '{"test": {"student": 0.5}, "support": {"a": 1}}',
+  ],
+  ids=lambda x: x[:45],
+)  # fmt: skip
+def test_files_of_wrong_kinds(grid, name, text):
+  folder = grid.runs[1, 1].folder
+  (folder / name).write_text(text)
+  found = variance.read(grid, 'test', 'miou')
+  if name == 'ids.json':  # which only says what was drawn
+    assert not found.missing
+    assert found.support[1] == ['image1a', 'image1b']
+  else:
+    assert list(found.missing) == [(1, 1)]
+    assert str(folder / name) in found.missing[1, 1]
+    assert '\n' not in found.missing[1, 1]
+
+
+def test_drawn_ids_that_are_no_texts(grid):
+  for run in grid.runs.values():
+    (run.folder / 'ids.json').write_text('{"support": [1, null]}')
+  found = variance.read(grid, 'test', 'miou')
+  assert found.support[0] == ['1', 'None']
+  assert 'support seed 1, 6.0: 1 None' in variance.report(
+    grid, found, 'test', 'miou'
+  )
+
+
 def test_teachers_of_transfer(grid):
   for run in grid.runs.values():
     path = run.folder / 'results.json'
