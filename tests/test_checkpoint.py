@@ -61,7 +61,7 @@ def train_state(seed=0):
     step=jnp.int32(7),
     params=params,
     frozen={'backbone/kernel': jnp.arange(6.0)},
-    rest=rest,
+    buffers=rest,
     opt_state=optax.adamw(1e-3).init(params),
   )
 
