@@ -10,7 +10,6 @@ the rule tables (TORCH_NAMES), which stand beside each model.
 import json
 import pathlib
 import re
-import sys
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -140,10 +139,16 @@ def to_tensors(arrays: Arrays, system: nnx.Module, *, alone: bool) -> Arrays:
     for path, x in arrays.items()
     if path.startswith(BACKBONE) or not alone
   }
-  tables = _backbone_file(system).TABLES
-  found = params.to_torch(wanted, _rules(system, tables[0], alone))
+  backbone = system.teacher.backbone
+  table, *_ = backbone.torch_tables().values()
+  found = params.to_torch(wanted, _rules(system, table, alone))
   prefix = '' if alone else 'feature_extractor.'
-  unused = _backbone_file(system).torch_unused(system.teacher.backbone)
+  own = {
+    name.removeprefix(prefix): x
+    for name, x in found.items()
+    if name.startswith(prefix)
+  }
+  unused = backbone.torch_unused(own)
   found |= buffers(system, alone)
   found |= {prefix + name: x for name, x in unused.items()}
   if student is None:
@@ -157,7 +162,7 @@ def to_tensors(arrays: Arrays, system: nnx.Module, *, alone: bool) -> Arrays:
 def buffers(system: nnx.Module, alone: bool) -> Arrays:
   """What PyTorch keeps beside a system's parameters, {torch name: array}."""
   teacher = system.teacher
-  found = _backbone_file(system).torch_buffers(teacher.backbone)
+  found = teacher.backbone.torch_buffers()
   if alone:
     return found
   found = {f'feature_extractor.{name}': x for name, x in found.items()}
@@ -294,11 +299,6 @@ def _field(config, name):
   return config
 
 
-def _backbone_file(system):
-  """The file that a system's backbone is from: its tables stand there."""
-  return sys.modules[type(system.teacher.backbone).__module__]
-
-
 def _check_student(student):
   if student is not None and not isinstance(student, distilled.FullDistiller):
     raise ValueError(
@@ -327,7 +327,7 @@ def _rules(system, backbone, alone):
 def _best(tensors, system, alone):
   """The table and the names, without prefixes, that claim most tensors."""
   found = []
-  for table in _backbone_file(system).TABLES:
+  for table in system.teacher.backbone.torch_tables().values():
     rules = _rules(system, table, alone)
     names = {name: name for name in tensors}
     for _ in range(1 + _WRAPPERS):
