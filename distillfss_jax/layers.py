@@ -5,13 +5,15 @@ Channels are last. An initialiser is called with the random streams, a shape,
 and how many inputs and outputs one number of the layer's result has.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from distillfss_jax.ops import conv
+from distillfss_jax.params import Rules
 from distillfss_jax.types import Array
 
 Initialiser = Callable[..., Array]
@@ -257,6 +259,15 @@ class BatchNorm(nnx.Module):
     return jnp.where(count == 1, jnp.nan, y)
 
 
+# How a BatchNorm acts on its input.
+Normalise = Callable[[BatchNorm, Array], Array]
+
+
+def by_running(norm: BatchNorm, x: Array) -> Array:
+  """By its running statistics: what every `normalise` is if none is given."""
+  return norm(x)
+
+
 def _check_count(count, x):
   if count < 2:
     raise ValueError(
@@ -297,3 +308,37 @@ class MLP(nnx.Module):
 
   def __call__(self, x: Array) -> Array:
     return self.fc2(nnx.gelu(self.fc1(x), approximate=False))
+
+
+def torch_rules(kind: str, theirs: str, ours: str) -> Rules:
+  """How PyTorch names a layer's numbers, as rules of `params.from_torch`.
+
+  Args:
+    kind: 'conv', 'linear' or 'norm'; a BatchNorm's statistics are a norm's.
+    theirs: regular expression of the layer's name, up to '.weight'.
+    ours: template of its path, up to '/kernel' or '/scale'.
+  """
+  weight = ('scale', 'copy') if kind == 'norm' else ('kernel', kind)
+  rules = (
+    (rf'{theirs}\.weight', f'{ours}/{weight[0]}', weight[1]),
+    (rf'{theirs}\.bias', f'{ours}/bias', 'copy'),
+  )
+  if kind != 'norm':
+    return rules
+  return rules + tuple(
+    (rf'{theirs}\.running_{name}', f'{ours}/{name}', 'copy')
+    for name in ('mean', 'var')
+  )
+
+
+# BatchNorm counts its batches but, having a momentum, does not use the count.
+TORCH_COUNTS = ((r'(.*\.)?num_batches_tracked', '', 'drop'),)
+
+
+def torch_counts(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The counts of batches that PyTorch has beside these tensors, all zero."""
+  return {
+    name.replace('running_mean', 'num_batches_tracked'): np.zeros((), np.int64)
+    for name in tensors
+    if name.endswith('running_mean')
+  }

@@ -239,15 +239,12 @@ def test_a_backbone_is_what_it_declares(name):
     assert x.shape == (
       1, backbone.depths[i], x.shape[2], x.shape[2], backbone.channels[i],
     )  # fmt: skip
-  tables = backbone.torch_tables()
   shapes = params.shapes(backbone)
-  names = params.to_torch(
-    {p: np.broadcast_to(np.float32(0), s) for p, s in shapes.items()},
-    tables[0],
-  )
-  assert params.shapes(params.from_torch(names, tables[0], shapes)) == dict(
-    shapes
-  )
+  empty = {p: np.broadcast_to(np.float32(0), s) for p, s in shapes.items()}
+  for table in backbone.torch_tables().values():
+    names = params.to_torch(empty, table)
+    back = params.from_torch(names, table, shapes)
+    assert params.shapes(back) == dict(shapes)
 
 
 @pytest.mark.parametrize('name', datasets.names())

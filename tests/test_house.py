@@ -47,7 +47,7 @@ TOP = 9
 
 # Floors alone would allow these.
 APART = {
-  'layers': ('params', 'parallel'),
+  'layers': ('parallel',),
   'models': ('data', 'datasets', 'optim', 'workdir', 'parallel'),
   'systems': ('data', 'datasets', 'workdir', 'parallel'),
   'datasets': ('optim', 'workdir', 'backbones', 'parallel'),

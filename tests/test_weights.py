@@ -505,8 +505,7 @@ def test_rules_read_backwards_are_the_same_rules():
   """Every table of every file, from paths to names to paths."""
   for backbone in ('resnet_tiny', 'swin_tiny_test', 'dino_tiny_test'):
     system, arrays, _ = tiny('backbone', backbone)
-    module = weights._backbone_file(system)
-    for table in module.TABLES:
+    for table in system.teacher.backbone.torch_tables().values():
       rules = weights._rules(system, table, alone=True)
       names = params.to_torch(arrays, rules)
       assert len(names) == len(arrays)

@@ -11,7 +11,7 @@ def variants() -> dict:
   """Every backbone by name: the `variants` tables of all files here."""
   found = {}
   files = (module.name for module in pkgutil.iter_modules(__path__))
-  for name in sorted(files):
+  for name in sorted(set(files) - {'base'}):
     found |= importlib.import_module(f'{__name__}.{name}').variants
   return found
 

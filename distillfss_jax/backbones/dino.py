@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from distillfss_jax import layers
+from distillfss_jax.backbones import base
 from distillfss_jax.types import Array, Pyramid
 
 _linear = functools.partial(
@@ -51,8 +52,6 @@ TORCH_NAMES = (
   (r'rope_embed\.periods', '', 'drop'),
   (_BLOCK + r'attn\.qkv\.bias_mask', '', 'drop'),
 )
-
-TABLES = (TORCH_NAMES,)
 
 
 def angles(h: int, w: int, d: int, factor: float | Array = 1.0) -> Array:
@@ -168,7 +167,7 @@ class Block(nnx.Module):
     return x + self.ls2(self.mlp(self.norm2(x)))
 
 
-class Dino(nnx.Module):
+class Dino(base.Backbone):
   """DINOv3's transformer for one image size.
 
   Args:
@@ -278,24 +277,23 @@ class Dino(nnx.Module):
     limit = math.log(self.rescale)
     return jnp.exp(jax.random.uniform(key, minval=-limit, maxval=limit))
 
+  def torch_tables(self):
+    return {'original': TORCH_NAMES}
 
-def torch_buffers(backbone: Dino) -> dict[str, np.ndarray]:
-  """What PyTorch keeps beside the parameters, {torch name: array}."""
-  d = backbone.channels[0] // backbone.blocks[0].attn.heads
-  return {'rope_embed.periods': periods(d).astype(np.float32)}
+  def torch_buffers(self):
+    d = self.channels[0] // self.blocks[0].attn.heads
+    return {'rope_embed.periods': periods(d).astype(np.float32)}
 
-
-def torch_unused(backbone: Dino) -> dict[str, np.ndarray]:
-  """What the original loads and does not use here, {torch name: array}."""
-  c = backbone.channels[0]
-  mask = np.repeat(np.array([1, 0, 1], np.float32), c)
-  return {
-    'mask_token': np.zeros((1, c), np.float32),
-    **{
-      f'blocks.{i}.attn.qkv.bias_mask': mask
-      for i in range(len(backbone.blocks))
-    },
-  }
+  def torch_unused(self, tensors):
+    del tensors
+    c = self.channels[0]
+    mask = np.repeat(np.array([1, 0, 1], np.float32), c)
+    return {
+      'mask_token': np.zeros((1, c), np.float32),
+      **{
+        f'blocks.{i}.attn.qkv.bias_mask': mask for i in range(len(self.blocks))
+      },
+    }
 
 
 def _check(image_size, patch, embed, heads, rescale):

@@ -1,9 +1,14 @@
-"""ResNet-50 and -101 as feature pyramids (He et al. 2016, in the V1.5 form).
+"""ResNets as feature pyramids (He et al. 2016, in the V1.5 form).
 
 V1.5 is torchvision's form: the stride of a bottleneck sits on its 3x3
 convolution. What is collected from a block is the sum of its branches *before*
 the final ReLU, so the maps have negative values; the next block sees them
-after the ReLU.
+after the ReLU (`activate`).
+
+Segmentation networks change two things. A *deep* stem (PSPNet, 1612.01105)
+has three 3x3 convolutions for the one of 7x7. An *output stride* of 8 or 16
+replaces the strides of the last stages by dilation, so that maps keep their
+size.
 
 Parity: DistillFSS leaves its frozen backbone in training mode while it adapts,
 so that BatchNorm normalises every image by its own statistics and moves the
@@ -13,76 +18,90 @@ order of forwards. Nothing here changes a module's state by itself.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distillfss_jax import layers, params
-from distillfss_jax.types import Array, Pyramid
+from distillfss_jax import layers
+from distillfss_jax.backbones import base
+from distillfss_jax.layers import Normalise, by_running, torch_rules
+from distillfss_jax.types import Array
 
 MOMENTUM = 0.1  # of the newest statistics, as torch counts it
 CLASSES = 1000  # of ImageNet, in the checkpoints' classifier
-EXPANSION = 4  # channels of a bottleneck's output over those of its 3x3
 
-# How a BatchNorm layer, given with its path, acts on its input.
-Normalise = Callable[[str, layers.BatchNorm, Array], Array]
-
-TORCH_NAMES = (
-  (r'conv1\.weight', 'conv1/kernel', 'conv'),
-  (r'bn1\.weight', 'bn1/scale', 'copy'),
-  (r'bn1\.bias', 'bn1/bias', 'copy'),
-  (r'bn1\.running_(mean|var)', r'bn1/\1', 'copy'),
-  (
-    r'layer(\d)\.(\d+)\.conv(\d)\.weight',
-    r'layer\1/\2/conv\3/kernel',
-    'conv',
+_STAGES = (
+  *torch_rules('conv', r'layer(\d)\.(\d+)\.conv(\d)', r'layer\1/\2/conv\3'),
+  *torch_rules('norm', r'layer(\d)\.(\d+)\.bn(\d)', r'layer\1/\2/bn\3'),
+  *torch_rules(
+    'conv', r'layer(\d)\.0\.downsample\.0', r'layer\1/0/downsample/conv'
   ),
-  (r'layer(\d)\.(\d+)\.bn(\d)\.weight', r'layer\1/\2/bn\3/scale', 'copy'),
-  (r'layer(\d)\.(\d+)\.bn(\d)\.bias', r'layer\1/\2/bn\3/bias', 'copy'),
-  (
-    r'layer(\d)\.(\d+)\.bn(\d)\.running_(mean|var)',
-    r'layer\1/\2/bn\3/\4',
-    'copy',
+  *torch_rules(
+    'norm', r'layer(\d)\.0\.downsample\.1', r'layer\1/0/downsample/bn'
   ),
-  (
-    r'layer(\d)\.0\.downsample\.0\.weight',
-    r'layer\1/0/downsample/conv/kernel',
-    'conv',
-  ),
-  (
-    r'layer(\d)\.0\.downsample\.1\.weight',
-    r'layer\1/0/downsample/bn/scale',
-    'copy',
-  ),
-  (
-    r'layer(\d)\.0\.downsample\.1\.bias',
-    r'layer\1/0/downsample/bn/bias',
-    'copy',
-  ),
-  (
-    r'layer(\d)\.0\.downsample\.1\.running_(mean|var)',
-    r'layer\1/0/downsample/bn/\2',
-    'copy',
-  ),
-  (r'(.*\.)?num_batches_tracked', '', 'drop'),
+  *layers.TORCH_COUNTS,
   (r'fc\.(weight|bias)', '', 'drop'),
 )
-TABLES = (TORCH_NAMES,)
 
 
-def _conv(inputs, outputs, size, *, stride=1, rngs):
-  return layers.Conv(
-    inputs,
-    outputs,
-    size,
-    stride=stride,
-    kernel=layers.he_fan_out,
-    bias=None,
-    rngs=rngs,
+def _stem_rules(**names):
+  """Rules of a stem, given their name of each of our layers."""
+  return tuple(
+    rule
+    for ours, theirs in names.items()
+    for rule in torch_rules(
+      'conv' if ours.startswith('conv') else 'norm', theirs, ours
+    )
   )
+
+
+# torchvision's, of the plain stem; and of the deep stem in a file of ImageNet
+# weights for PSPNet, whose names are the same and go on.
+TORCH_NAMES = (
+  *torch_rules('conv', r'conv(\d)', r'conv\1'),
+  *torch_rules('norm', r'bn(\d)', r'bn\1'),
+  *_STAGES,
+)
+# The deep stem inside PSPNet's, BAM's and HDMNet's files, a list of layers.
+PSPNET_NAMES = (
+  *_stem_rules(
+    conv1=r'layer0\.0',
+    bn1=r'layer0\.1',
+    conv2=r'layer0\.3',
+    bn2=r'layer0\.4',
+    conv3=r'layer0\.6',
+    bn3=r'layer0\.7',
+  ),
+  *_STAGES,
+)
+# In files of ImageNet weights for SSP and IFA, a list of layers but the last.
+NESTED_NAMES = (
+  *_stem_rules(
+    conv1=r'conv1\.0',
+    bn1=r'conv1\.1',
+    conv2=r'conv1\.3',
+    bn2=r'conv1\.4',
+    conv3=r'conv1\.6',
+    bn3=r'bn1',
+  ),
+  *_STAGES,
+)
+# Inside SSP's and IFA's own files.
+SSP_NAMES = (
+  *_stem_rules(
+    conv1=r'layer0\.0\.0',
+    bn1=r'layer0\.0\.1',
+    conv2=r'layer0\.0\.3',
+    bn2=r'layer0\.0\.4',
+    conv3=r'layer0\.0\.6',
+    bn3=r'layer0\.1',
+  ),
+  *_STAGES,
+)
+
+_conv = functools.partial(layers.Conv, kernel=layers.he_fan_out, bias=None)
 
 
 class Shortcut(nnx.Module):
@@ -92,15 +111,26 @@ class Shortcut(nnx.Module):
     self.conv = _conv(inputs, outputs, 1, stride=stride, rngs=rngs)
     self.bn = layers.BatchNorm(outputs)
 
+  def __call__(self, x: Array, normalise: Normalise) -> Array:
+    return normalise(self.bn, self.conv(x))
+
 
 class Bottleneck(nnx.Module):
-  """1x1, 3x3 (with the stride), 1x1 convolutions beside a shortcut."""
+  """1x1, 3x3 (with stride and dilation), 1x1 convolutions beside a shortcut.
 
-  def __init__(self, inputs, width, *, stride, project, rngs):
-    outputs = EXPANSION * width
+  Attributes:
+    expansion: channels of the output over `width`, those of the 3x3.
+  """
+
+  expansion = 4
+
+  def __init__(self, inputs, width, *, stride, project, dilation=1, rngs):
+    outputs = self.expansion * width
     self.conv1 = _conv(inputs, width, 1, rngs=rngs)
     self.bn1 = layers.BatchNorm(width)
-    self.conv2 = _conv(width, width, 3, stride=stride, rngs=rngs)
+    self.conv2 = _conv(
+      width, width, 3, stride=stride, dilation=dilation, rngs=rngs
+    )
     self.bn2 = layers.BatchNorm(width)
     self.conv3 = _conv(width, outputs, 1, rngs=rngs)
     self.bn3 = layers.BatchNorm(outputs)
@@ -108,112 +138,178 @@ class Bottleneck(nnx.Module):
       Shortcut(inputs, outputs, stride=stride, rngs=rngs) if project else None
     )
 
-  def __call__(self, x: Array, path: str, normalise: Normalise) -> Array:
+  def __call__(self, x: Array, normalise: Normalise = by_running) -> Array:
     """The sum of both branches, before the ReLU."""
-    y = nnx.relu(normalise(f'{path}/bn1', self.bn1, self.conv1(x)))
-    y = nnx.relu(normalise(f'{path}/bn2', self.bn2, self.conv2(y)))
-    y = normalise(f'{path}/bn3', self.bn3, self.conv3(y))
-    if self.downsample is not None:
-      shortcut = self.downsample
-      x = normalise(f'{path}/downsample/bn', shortcut.bn, shortcut.conv(x))
-    return y + x
+    y = nnx.relu(normalise(self.bn1, self.conv1(x)))
+    y = nnx.relu(normalise(self.bn2, self.conv2(y)))
+    y = normalise(self.bn3, self.conv3(y))
+    return y + (self.downsample(x, normalise) if self.downsample else x)
 
 
-class ResNet(nnx.Module):
-  """A bottleneck ResNet without its classifier.
+class Basic(nnx.Module):
+  """Two 3x3 convolutions, both dilated, beside a shortcut.
 
   Attributes:
-    depths: blocks of each of the four stages.
-    channels: channels of each stage's maps, 4 * width * 2**i.
-    strides: pixels per feature, of each stage.
+    expansion: see `Bottleneck`.
   """
 
-  def __init__(self, *, depths=(3, 4, 6, 3), width=64, rngs):
-    self.depths = tuple(depths)
-    self.channels = tuple(EXPANSION * width * 2**i for i in range(4))
-    self.strides = (4, 8, 16, 32)
-    self.conv1 = _conv(3, width, 7, stride=2, rngs=rngs)
+  expansion = 1
+
+  def __init__(self, inputs, width, *, stride, project, dilation=1, rngs):
+    self.conv1 = _conv(
+      inputs, width, 3, stride=stride, dilation=dilation, rngs=rngs
+    )
     self.bn1 = layers.BatchNorm(width)
-    inputs = width
-    for i, (depth, outputs) in enumerate(
-      zip(self.depths, self.channels, strict=True)
+    self.conv2 = _conv(width, width, 3, dilation=dilation, rngs=rngs)
+    self.bn2 = layers.BatchNorm(width)
+    self.downsample = (
+      Shortcut(inputs, width, stride=stride, rngs=rngs) if project else None
+    )
+
+  def __call__(self, x: Array, normalise: Normalise = by_running) -> Array:
+    """The sum of both branches, before the ReLU."""
+    y = nnx.relu(normalise(self.bn1, self.conv1(x)))
+    y = normalise(self.bn2, self.conv2(y))
+    return y + (self.downsample(x, normalise) if self.downsample else x)
+
+
+BLOCKS = {'bottleneck': Bottleneck, 'basic': Basic}
+STEMS = ('plain', 'deep')
+
+
+class ResNet(base.Staged):
+  """A ResNet without its classifier, of as many stages as `depths` has.
+
+  Args:
+    depths: see the attributes.
+    width: channels of the first stage's 3x3; they double with every stage.
+    block: 'bottleneck' or 'basic'.
+    stem: 'plain', a 7x7 convolution, or 'deep', three of 3x3, of twice the
+      width. Both end in a max-pool, at stride 4.
+    output_stride: 8, 16 or 32: a stage that would go beyond it keeps the size
+      and doubles the dilation instead, of all its blocks.
+    lagging: whether such a stage's first block has the dilation of the stage
+      before, as in torchvision and SSP; in PSPNet and DeepLab it has not.
+    multi_grid: factors of the dilations of the last stage's blocks, in turn
+      (DeepLabv3, 1706.05587, section 3.2.1).
+    rngs: of the initialisation.
+
+  Attributes:
+    depths: blocks of each stage.
+    channels: channels of each stage's maps.
+    strides: pixels per feature, of each stage.
+
+  Raises:
+    ValueError: a block, stem or output stride that there is not.
+  """
+
+  def __init__(
+    self,
+    *,
+    depths=(3, 4, 6, 3),
+    width=64,
+    block='bottleneck',
+    stem='plain',
+    output_stride=32,
+    lagging=False,
+    multi_grid=(1,),
+    rngs,
+  ):
+    for name, value, known in (
+      ('block', block, tuple(BLOCKS)),
+      ('stem', stem, STEMS),
+      ('output_stride', output_stride, (8, 16, 32)),
     ):
+      if value not in known:
+        raise ValueError(
+          f'a ResNet has no {name} {value!r}; there are: '
+          f'{", ".join(map(str, known))}'
+        )
+    kind = BLOCKS[block]
+    self.deep = stem == 'deep'
+    self.depths = tuple(depths)
+    self.channels = tuple(
+      kind.expansion * width * 2**i for i in range(len(self.depths))
+    )
+    if self.deep:
+      self.conv1 = _conv(3, width, 3, stride=2, rngs=rngs)
+      self.bn1 = layers.BatchNorm(width)
+      self.conv2 = _conv(width, width, 3, rngs=rngs)
+      self.bn2 = layers.BatchNorm(width)
+      self.conv3 = _conv(width, 2 * width, 3, rngs=rngs)
+      self.bn3 = layers.BatchNorm(2 * width)
+    else:
+      self.conv1 = _conv(3, width, 7, stride=2, rngs=rngs)
+      self.bn1 = layers.BatchNorm(width)
+    inputs = 2 * width if self.deep else width
+    at, rate, strides = 4, 1, []
+    for i, depth in enumerate(self.depths):
+      stride, before = 1, rate
+      if i and 2 * at <= output_stride:
+        stride, at = 2, 2 * at
+      elif i:
+        rate *= 2
+      strides.append(at)
+      rates = [rate] * depth
+      if lagging:
+        rates[0] = before
+      if i == len(self.depths) - 1:
+        rates = [
+          r * multi_grid[j % len(multi_grid)] for j, r in enumerate(rates)
+        ]
       blocks = nnx.List()
-      for j in range(depth):
+      for j, dilation in enumerate(rates):
+        step = 1 if j else stride
         blocks.append(
-          Bottleneck(
+          kind(
             inputs,
-            outputs // EXPANSION,
-            stride=2 if i and not j else 1,
-            project=not j,
+            width * 2**i,
+            stride=step,
+            dilation=dilation,
+            project=step > 1 or inputs != self.channels[i],
             rngs=rngs,
           )
         )
-        inputs = outputs
+        inputs = self.channels[i]
       setattr(self, f'layer{i + 1}', blocks)
+    self.strides = tuple(strides)
 
-  def __call__(
-    self, images: Array, *, train: bool = False, key: Array | None = None
-  ) -> Pyramid:
-    """The pyramid of images [b, H, W, 3] (normalised), by running statistics.
+  def stem(self, images: Array, normalise: Normalise = by_running) -> Array:
+    x = nnx.relu(normalise(self.bn1, self.conv1(images)))
+    if self.deep:
+      x = nnx.relu(normalise(self.bn2, self.conv2(x)))
+      x = nnx.relu(normalise(self.bn3, self.conv3(x)))
+    return base.max_pool(x, 3, 2, ((1, 1), (1, 1)))
 
-    Computes in the dtype of `images`. `train` and `key` change nothing: there
-    is no randomness here, and the form with own statistics is a method of its
-    own.
-    """
-    del train, key
-    return self._encode(images, lambda path, bn, x: bn(x))
+  def stage(
+    self, i: int, x: Array, normalise: Normalise = by_running
+  ) -> tuple[Array, ...]:
+    maps = []
+    for block in getattr(self, f'layer{i + 1}'):
+      maps.append(block(x, normalise))
+      x = nnx.relu(maps[-1])
+    return tuple(maps)
 
-  def encode_with_statistics(
-    self, images: Array, *, together: int = 1
-  ) -> tuple[Pyramid, dict[str, Array]]:
-    """The pyramid by own statistics, and those statistics.
+  def activate(self, x: Array) -> Array:
+    return nnx.relu(x)
 
-    Args:
-      images: [b, H, W, 3] float, normalised.
-      together: how many consecutive images are one forward and share their
-        statistics. The original passes one image at a time.
+  def torch_tables(self):
+    if not self.deep:
+      return {'torchvision': TORCH_NAMES}
+    return {
+      'imagenet': TORCH_NAMES,
+      'pspnet': PSPNET_NAMES,
+      'nested': NESTED_NAMES,
+      'ssp': SSP_NAMES,
+    }
 
-    Returns:
-      The pyramid, and {path of a running statistic: [b / together, c]}, such
-      as 'layer1/0/bn1/mean' and 'layer1/0/bn1/var' (unbiased), as
-      `update_statistics` takes it.
-
-    Raises:
-      ValueError: b is no multiple of `together`, or a map is a single pixel.
-    """
-    if images.shape[0] % together:
-      raise ValueError(
-        f'{images.shape[0]} images are no multiple of together={together}'
-      )
-    statistics = {}
-
-    def normalise(path, bn, x):
-      y, mean, var = bn.by_own(x, together)
-      statistics[f'{path}/mean'], statistics[f'{path}/var'] = mean, var
-      return y
-
-    pyramid = self._encode(images, normalise)
-    return pyramid, statistics
-
-  def _encode(self, images: Array, normalise: Normalise) -> Pyramid:
-    x = nnx.relu(normalise('bn1', self.bn1, self.conv1(images)))
-    x = jax.lax.reduce_window(
-      x,
-      -jnp.inf,
-      jax.lax.max,
-      window_dimensions=(1, 3, 3, 1),
-      window_strides=(1, 2, 2, 1),
-      padding=((0, 0), (1, 1), (1, 1), (0, 0)),
-    )
-    pyramid = []
-    for i in range(1, 5):
-      maps = []
-      for j, block in enumerate(getattr(self, f'layer{i}')):
-        maps.append(block(x, f'layer{i}/{j}', normalise))
-        x = nnx.relu(maps[-1])
-      pyramid.append(jnp.stack(maps, 1))
-    return tuple(pyramid)
+  def torch_unused(self, tensors):
+    channels = self.channels[-1]
+    return {
+      **layers.torch_counts(tensors),
+      'fc.weight': np.zeros((CLASSES, channels), np.float32),
+      'fc.bias': np.zeros(CLASSES, np.float32),
+    }
 
 
 def update_statistics(
@@ -251,34 +347,15 @@ def update_statistics(
   return {path: moved(running[path], own) for path, own in statistics.items()}
 
 
-def torch_buffers(backbone: ResNet) -> dict[str, np.ndarray]:
-  """What PyTorch keeps beside the parameters: here, nothing that counts."""
-  return {}
-
-
-def torch_unused(backbone: ResNet) -> dict[str, np.ndarray]:
-  """What the original loads and never reads, {torch name: array}.
-
-  BatchNorm counts its batches but, having a momentum, does not use the count.
-  """
-  norms = [p for p in params.shapes(backbone) if p.endswith('/mean')]
-  means = params.to_torch(
-    {path: np.zeros(0, np.float32) for path in norms}, TORCH_NAMES
-  )
-  counts = {
-    name.replace('running_mean', 'num_batches_tracked'): np.zeros((), np.int64)
-    for name in means
-  }
-  channels = backbone.channels[-1]
-  return {
-    **counts,
-    'fc.weight': np.zeros((CLASSES, channels), np.float32),
-    'fc.bias': np.zeros(CLASSES, np.float32),
-  }
-
+_deep = functools.partial(ResNet, stem='deep', output_stride=8)
 
 variants = {
+  'resnet18': functools.partial(ResNet, depths=(2, 2, 2, 2), block='basic'),
   'resnet50': functools.partial(ResNet, depths=(3, 4, 6, 3)),
   'resnet101': functools.partial(ResNet, depths=(3, 4, 23, 3)),
   'resnet_tiny': functools.partial(ResNet, depths=(1, 1, 1, 1), width=16),
+  # PSPNet's, of BAM and HDMNet.
+  'resnet50_deep': functools.partial(_deep, depths=(3, 4, 6, 3)),
+  'resnet101_deep': functools.partial(_deep, depths=(3, 4, 23, 3)),
+  'resnet_tiny_deep': functools.partial(_deep, depths=(1, 1, 1, 1), width=16),
 }

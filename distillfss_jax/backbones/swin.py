@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from distillfss_jax import layers
+from distillfss_jax.backbones import base
 from distillfss_jax.types import Array, Pyramid
 
 _linear = functools.partial(
@@ -79,7 +80,6 @@ TIMM_NAMES = (
   ),
   (r'head\.fc\.(weight|bias)', '', 'drop'),
 )
-TABLES = (TORCH_NAMES, TIMM_NAMES)
 
 
 def relative_position_index(window: int) -> np.ndarray:
@@ -218,7 +218,7 @@ class Stage(nnx.Module):
     self.downsample = PatchMerging(channels, rngs=rngs) if merge else None
 
 
-class Swin(nnx.Module):
+class Swin(base.Backbone):
   """A Swin Transformer for one image size.
 
   Attributes:
@@ -300,32 +300,33 @@ class Swin(nnx.Module):
         x = stage.downsample(x)
     return tuple(pyramid)
 
+  def torch_tables(self):
+    return {'original': TORCH_NAMES, 'timm': TIMM_NAMES}
 
-def torch_buffers(backbone: Swin) -> dict[str, np.ndarray]:
-  """What PyTorch keeps beside the parameters, {torch name: array}."""
-  found = {}
-  for i, stage in enumerate(backbone.layers):
-    for j, block in enumerate(stage.blocks):
-      name = f'layers.{i}.blocks.{j}.'
-      index = relative_position_index(block.window)
-      found[name + 'attn.relative_position_index'] = index.astype(np.int64)
-      if block.shift:
-        regions = shift_regions(block.size, block.window)
-        strangers = regions[:, :, None] != regions[:, None, :]
-        mask = np.where(strangers, np.float32(MASKED), np.float32(0))
-        found[name + 'attn_mask'] = mask
-  return found
+  def torch_buffers(self):
+    found = {}
+    for i, stage in enumerate(self.layers):
+      for j, block in enumerate(stage.blocks):
+        name = f'layers.{i}.blocks.{j}.'
+        index = relative_position_index(block.window)
+        found[name + 'attn.relative_position_index'] = index.astype(np.int64)
+        if block.shift:
+          regions = shift_regions(block.size, block.window)
+          strangers = regions[:, :, None] != regions[:, None, :]
+          mask = np.where(strangers, np.float32(MASKED), np.float32(0))
+          found[name + 'attn_mask'] = mask
+    return found
 
-
-def torch_unused(backbone: Swin) -> dict[str, np.ndarray]:
-  """What the original loads and never reads: its classifier, empty here."""
-  channels = backbone.channels[-1]
-  return {
-    'norm.weight': np.ones(channels, np.float32),
-    'norm.bias': np.zeros(channels, np.float32),
-    'head.weight': np.zeros((CLASSES, channels), np.float32),
-    'head.bias': np.zeros(CLASSES, np.float32),
-  }
+  def torch_unused(self, tensors):
+    del tensors
+    # A classifier and the norm before it, empty here.
+    channels = self.channels[-1]
+    return {
+      'norm.weight': np.ones(channels, np.float32),
+      'norm.bias': np.zeros(channels, np.float32),
+      'head.weight': np.zeros((CLASSES, channels), np.float32),
+      'head.bias': np.zeros(CLASSES, np.float32),
+    }
 
 
 def _drop(key, block, rate, branch, x):

@@ -87,16 +87,23 @@ class FewShotSegmenter(nnx.Module):
     """Why its settings leave a student nothing to learn; '' if they do not."""
     return ''
 
-  def torch_tables(self) -> tuple[params.Rules, ...]:
-    """How the original's files name its tensors; see `weights.py`."""
+  def torch_tables(self) -> dict[str, params.Rules]:
+    """How files name its tensors, by who names them so; see `weights.py`."""
     raise ValueError(f'no other program has a {type(self).__name__}')
 
   def torch_buffers(self) -> dict[str, np.ndarray]:
     """What PyTorch keeps beside the parameters, {torch name: array}."""
     return {}
 
-  def torch_unused(self) -> dict[str, np.ndarray]:
-    """What the original loads and never reads, {torch name: array}."""
+  def torch_unused(
+    self, tensors: Mapping[str, np.ndarray]
+  ) -> dict[str, np.ndarray]:
+    """What else the original loads and never reads, {torch name: array}.
+
+    Args:
+      tensors: the parameters under the first names of `torch_tables`.
+    """
+    del tensors
     return {}
 
   def encode(self, images: Array) -> Pyramid:

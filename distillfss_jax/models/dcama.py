@@ -202,13 +202,13 @@ class DCAMA(base.FewShotSegmenter):
     return ''
 
   def torch_tables(self):
-    return tuple(
-      (
+    return {
+      naming: (
         *params.prefixed(table, 'feature_extractor.', 'backbone/'),
         *params.prefixed(TORCH_NAMES, 'model.', ''),
       )
-      for table in self.backbone.torch_tables()
-    )
+      for naming, table in self.backbone.torch_tables().items()
+    }
 
   def torch_buffers(self):
     found = {
@@ -220,11 +220,15 @@ class DCAMA(base.FewShotSegmenter):
         found[f'model.pe.{i}.pe'] = positions(_TABLE, c)[None]
     return found
 
-  def torch_unused(self):
-    return {
-      f'feature_extractor.{name}': x
-      for name, x in self.backbone.torch_unused().items()
+  def torch_unused(self, tensors):
+    prefix = 'feature_extractor.'
+    own = {
+      name.removeprefix(prefix): x
+      for name, x in tensors.items()
+      if name.startswith(prefix)
     }
+    unused = self.backbone.torch_unused(own)
+    return {f'{prefix}{name}': x for name, x in unused.items()}
 
   def select(self, pyramid: Pyramid) -> Pyramid:
     """Of stage 1 only the last map is read, as a skip."""

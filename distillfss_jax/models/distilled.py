@@ -93,7 +93,7 @@ class ClassDistiller(nnx.Module):
       ]
     )
 
-  def torch_tables(self) -> tuple[params.Rules, ...]:
+  def torch_tables(self) -> dict[str, params.Rules]:
     """How the original's files name its tensors; see `weights.py`."""
     raise ValueError(
       f'{type(self).__name__} has no counterpart in the original: only '
@@ -104,8 +104,9 @@ class ClassDistiller(nnx.Module):
     """PyTorch keeps nothing beside the parameters."""
     return {}
 
-  def torch_unused(self):
+  def torch_unused(self, tensors):
     """The original reads all that it loads."""
+    del tensors
     return {}
 
   def __call__(self, pyramid: Pyramid) -> tuple[Array, ...]:
@@ -244,7 +245,7 @@ class FullDistiller(ClassDistiller):
   level = FullLevel
 
   def torch_tables(self):
-    return (TORCH_NAMES,)
+    return {'DistillFSS': TORCH_NAMES}
 
 
 class LightDistiller(ClassDistiller):

@@ -1,4 +1,6 @@
-"""What is minimised, one number per episode."""
+"""What is minimised, a number per episode; or sums, where a batch is one."""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,73 @@ def focal(logits: Array, labels: Array, gamma: float = 2.0) -> Array:
     loss = jnp.maximum(1 - jnp.exp(log_p), 1e-12) ** gamma * loss
   loss = jnp.where(void, 0, loss)
   return loss.mean((1, 2))
+
+
+def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
+  """Cross-entropy, as a sum and the count of what it sums over.
+
+  PyTorch's mean is over all pixels of a batch: the ratio of the sums of both.
+
+  Args:
+    logits: [b, H, W, 1+n].
+    labels: [b, H, W] int; `VOID` pixels add and count nothing.
+
+  Returns:
+    The sums [b] over pixels, and the counts [b].
+  """
+  void = labels == VOID
+  index = jnp.where(void, 0, labels)[..., None]
+  log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+  log_p = jnp.take_along_axis(log_p, index, -1)[..., 0]
+  total = -jnp.where(void, 0, log_p).sum((1, 2))
+  return total, (~void).sum((1, 2)).astype(jnp.float32)
+
+
+def spatial_kl(teacher: Array, student: Array) -> Array:
+  """KL divergence of distributions over places, in float32.
+
+  Args:
+    teacher: [b, h, w] logits, resized (by half pixels) to the student's size.
+    student: [b, H, W] logits.
+
+  Returns:
+    [b]: sum over places of P log(P / S), P and S their softmax over places.
+  """
+  teacher, student = (
+    resize.bilinear(
+      x.astype(jnp.float32)[..., None],
+      student.shape[1:],
+      align_corners=False,
+    ).reshape(x.shape[0], -1)
+    for x in (teacher, student)
+  )
+  p, s = jax.nn.softmax(teacher), jax.nn.softmax(student)
+  # Parity: the original's logarithms are of probabilities, kept from 0.
+  return (p * (jnp.log(p + 1e-12) - jnp.log(s + 1e-12))).sum(-1)
+
+
+def hierarchical_kl(maps: Sequence[Array], labels: Array) -> Array:
+  """Correlation distillation from level to level (HDMNet, eq. 9).
+
+  The labels teach the coarsest map, and every map the next finer one; no
+  gradient reaches a teacher.
+
+  Args:
+    maps: per level, coarse to fine, [b, h, w] logits over query places.
+    labels: [b, H, W] int; 1 is foreground.
+
+  Returns:
+    [b], the mean over levels.
+  """
+  # Parity: outside the foreground (void counts as outside) the original's
+  # teacher is -1e9, before it is resized: only a coarse cell whose four pixels
+  # are all foreground stays above that, and takes part.
+  outside = (labels != 1).astype(jnp.float32)[..., None]
+  size = maps[0].shape[1:]
+  outside = resize.bilinear(outside, size, align_corners=False)[..., 0]
+  teachers = [1 - (1 + 1e9) * outside, *map(jax.lax.stop_gradient, maps[:-1])]
+  each = [spatial_kl(t, s) for t, s in zip(teachers, maps, strict=True)]
+  return sum(each) / len(each)
 
 
 def coarse_mse(

@@ -50,3 +50,12 @@ def dropout(x: Array, seed: Array, rate: float) -> Array:
   counter = jnp.arange(x[0].size, dtype=jnp.uint32).reshape(x.shape[1:])
   seeds = seed.reshape(-1, *(1,) * (x.ndim - 1))
   return x * keep(seeds, counter, rate)
+
+
+def drop_channels(x: Array, seed: Array, rate: float) -> Array:
+  """Inverted dropout of whole channels of x [b, h, w, c], a seed [b] each."""
+  if not rate:
+    return x
+  counter = jnp.arange(x.shape[-1], dtype=jnp.uint32)
+  kept = keep(seed.reshape(-1, 1, 1, 1), counter, rate)
+  return x * kept.astype(x.dtype)

@@ -39,6 +39,42 @@ def matrix(n: int, size: int, *, align_corners: bool) -> np.ndarray:
   return weights.astype(np.float32)
 
 
+def nearest(x: Array, size: tuple[int, int]) -> Array:
+  """Resizes [..., h, w, c] to [..., H, W, c] by picking pixels.
+
+  Pixel i of N is pixel floor(i * n / N) of n: PyTorch's nearest neighbour,
+  which looks from the corner of a pixel. `jax.image.resize` looks from its
+  middle.
+  """
+  h, w = x.shape[-3:-1]
+  if (h, w) == tuple(size):
+    return x
+  # Parity: PyTorch does this in float32, which may fall short of a whole.
+  rows, cols = (
+    (np.arange(to, dtype=np.float32) * np.float32(n / to)).astype(np.int32)
+    for n, to in zip((h, w), size, strict=True)
+  )
+  return x[..., rows, :, :][..., cols, :]
+
+
+def adaptive_mean(x: Array, bins: int) -> Array:
+  """Means of [..., h, w, c] over bins x bins parts, [..., bins, bins, c].
+
+  Part j of n pixels is floor(j * n / bins) to ceil((j + 1) * n / bins), the
+  end left out: neighbours overlap where the bins do not divide n. PyTorch's
+  adaptive average pooling.
+  """
+  rows, cols = (_parts(n, bins).astype(x.dtype) for n in x.shape[-3:-1])
+  return jnp.einsum('Hh,Ww,...hwc->...HWc', rows, cols, x, optimize='optimal')
+
+
+def _parts(n, bins):
+  """[bins, n] weights of the means along one axis."""
+  j, i = np.arange(bins)[:, None], np.arange(n)
+  within = (i >= j * n // bins) & (i < -(-(j + 1) * n // bins))
+  return (within / within.sum(1, keepdims=True)).astype(np.float32)
+
+
 def taps(n: int, size: Array, canvas: int) -> tuple[Array, Array, Array]:
   """Where pixels come from when n are resized to `size`, for `lerp`.
 

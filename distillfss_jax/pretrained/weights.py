@@ -8,9 +8,9 @@ the rule tables, which stand beside each model.
 
 A module that other programs know has three methods:
 
-    torch_tables()   tables of rules (`params.from_torch`), one for each naming
-    torch_buffers()  {torch name: array} that PyTorch keeps beside parameters
-    torch_unused()   {torch name: array} that the original loads, never reads
+    torch_tables()         {who names so: rules}, the first are written
+    torch_buffers()        {torch name: array} PyTorch keeps beside parameters
+    torch_unused(tensors)  {torch name: array} the original loads, never reads
 """
 
 import dataclasses
@@ -165,10 +165,12 @@ def to_tensors(arrays: Arrays, parts: Sequence[Part]) -> Arrays:
       for path, x in arrays.items()
       if path.startswith(part.path)
     }
+    table, *_ = part.module.torch_tables().values()
+    tensors = params.to_torch(mine, table)
     tensors = {
-      **params.to_torch(mine, part.module.torch_tables()[0]),
+      **tensors,
       **part.module.torch_buffers(),
-      **part.module.torch_unused(),
+      **part.module.torch_unused(tensors),
     }
     found |= {f'{part.names}{name}': x for name, x in tensors.items()}
   return found
@@ -371,7 +373,7 @@ def _tables(parts):
 def _known_tables(part):
   """A part's tables; none where files have no such module."""
   try:
-    return part.module.torch_tables()
+    return tuple(part.module.torch_tables().values())
   except ValueError:
     if part.optional:
       return ((),)
