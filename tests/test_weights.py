@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import parity
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from distillfss_jax.types import Support
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _BUFFERS = ('.pe', 'relative_position_index', 'attn_mask')
+BACKBONE = 'teacher/backbone/'
 _BACKBONES = {
   'tinyswin': ('swin_tiny_test', 128),
   'resnet50': ('resnet50', 128),
@@ -132,7 +132,7 @@ def test_the_original_files(shared):
     theirs['layers.2.blocks.1.mlp.fc2.weight'].T,
   )
   kept = {path for path in initial if initial[path] is variables[path]}
-  assert kept == {p for p in initial if not p.startswith(weights.BACKBONE)}
+  assert kept == {p for p in initial if not p.startswith(BACKBONE)}
 
 
 def test_a_teacher_in_half_precision_behind_a_prefix(shared):
@@ -163,14 +163,16 @@ def test_what_is_written_is_what_the_original_loads(shared, arch, kind):
   )['state_dict']
   backbone, size = _BACKBONES[arch]
   fields = (
-    {'student': 'full'} if kind == 'distilled' else {'concat_support': True}
+    {'student': 'full'}
+    if kind == 'distilled'
+    else {'fields': {'concat_support': True}}
   )
-  system = convert.build('dcama', backbone, size, **fields)
+  parts = convert.build('dcama', backbone, size, **fields)
   empty = {
     path: np.broadcast_to(np.float32(0), shape)
-    for path, shape in params.shapes(system).items()
+    for path, shape in weights.shapes_of(parts).items()
   }
-  written = weights.to_tensors(empty, system, alone=False)
+  written = weights.to_tensors(empty, parts)
   assert {name: list(x.shape) for name, x in written.items()} == names
   if (arch, kind) == ('swin', 'distilled'):
     golden = np.load(shared('goldens/dcama/backbone_swin_384.npz'))
@@ -187,20 +189,23 @@ def test_what_is_written_is_what_the_original_loads(shared, arch, kind):
 # --- without goldens ---
 
 
-@functools.cache
 def tiny(model='dcama', backbone='swin_tiny_test', **fields):
-  """A model without numbers, its arrays, and the same for PyTorch."""
+  """A model's parts without numbers, its arrays, and the same for PyTorch."""
+  return _tiny(model, backbone, json.dumps(fields))
+
+
+@functools.cache
+def _tiny(model, backbone, fields):
   size = 64 if backbone.startswith(('resnet', 'dino')) else 128
-  system = convert.build(model, backbone, size, **fields)
+  parts = convert.build(model, backbone, size, **json.loads(fields))
   rng = np.random.default_rng(0)
   arrays = {
     path: (0.1 * rng.normal(size=shape) + path.endswith('/var')).astype(
       np.float32
     )
-    for path, shape in params.shapes(system).items()
+    for path, shape in weights.shapes_of(parts).items()
   }
-  alone = model == 'backbone'
-  return system, arrays, weights.to_tensors(arrays, system, alone=alone)
+  return parts, arrays, weights.to_tensors(arrays, parts)
 
 
 def assert_same(found, arrays):
@@ -214,32 +219,34 @@ def assert_same(found, arrays):
   ('model', 'backbone', 'fields'),
   [
     ('dcama', 'swin_tiny_test', {'student': 'full', 'ways': 3}),
-    ('dcama', 'resnet_tiny', {'concat_support': True}),
+    ('dcama', 'resnet_tiny', {'fields': {'concat_support': True}}),
     ('backbone', 'resnet_tiny', {}),
     ('backbone', 'dino_tiny_test', {}),
   ],
 )
 def test_a_round_trip_changes_no_bit(tmp_path, model, backbone, fields, ending):
-  system, arrays, tensors = tiny(model, backbone, **fields)
+  parts, arrays, tensors = tiny(model, backbone, **fields)
   archive.write(tmp_path / f'x{ending}', tensors)
   again = archive.read(tmp_path / f'x{ending}')
-  alone = model == 'backbone'
-  assert_same(weights.from_tensors(again, system, alone=alone), arrays)
+  assert_same(weights.from_tensors(again, parts), arrays)
   if model == 'dcama':
-    assert convert._fields(again) == {'concat_support': False, **fields}
+    assert convert._fields(again) == {
+      'fields': {'concat_support': False},
+      **fields,
+    }
 
 
 @given(st.sampled_from(['', 'module.', 'module.model.', '_orig_mod.module.']))
 def test_prefixes_are_seen_through(prefix):
   for fields in ({}, {'student': 'full'}):
-    system, arrays, tensors = tiny(**fields)
+    parts, arrays, tensors = tiny(**fields)
     wrapped = {prefix + name: x for name, x in tensors.items()}
-    assert_same(weights.from_tensors(wrapped, system, alone=False), arrays)
+    assert_same(weights.from_tensors(wrapped, parts), arrays)
 
 
 def test_timm_names_a_swin_in_its_own_way():
   """The step to the next stage belongs to that stage; the head is deeper."""
-  system, arrays, tensors = tiny('backbone')
+  parts, arrays, tensors = tiny('backbone')
   theirs = {}
   for name, x in tensors.items():
     for i in range(3):
@@ -248,13 +255,13 @@ def test_timm_names_a_swin_in_its_own_way():
         break
     theirs[name.replace('head.', 'head.fc.')] = x
   assert theirs.keys() != tensors.keys()
-  assert_same(weights.from_tensors(theirs, system, alone=True), arrays)
+  assert_same(weights.from_tensors(theirs, parts), arrays)
 
 
 @given(st.data())
 @settings(max_examples=30)
 def test_whatever_does_not_fit_is_named(data):
-  system, _, tensors = tiny(backbone='resnet_tiny')
+  parts, _, tensors = tiny(backbone='resnet_tiny')
   read = sorted(
     name
     for name in tensors
@@ -274,13 +281,13 @@ def test_whatever_does_not_fit_is_named(data):
   elif how == 'mis-shaped':
     tensors[name] = np.concatenate([x, x])
   with pytest.raises(ValueError, match=how) as error:
-    weights.from_tensors(tensors, system, alone=False)
+    weights.from_tensors(tensors, parts)
   if how == 'left over':
     assert name in str(error.value)
 
 
 def test_tables_that_differ_are_refused():
-  system, _, tensors = tiny()
+  parts, _, tensors = tiny()
   for name in (
     'feature_extractor.layers.1.blocks.1.attn_mask',
     'feature_extractor.layers.0.blocks.0.attn.relative_position_index',
@@ -288,17 +295,15 @@ def test_tables_that_differ_are_refused():
   ):
     other = tensors[name] + 1
     with pytest.raises(ValueError, match=f'{name} differs by up to'):
-      weights.from_tensors({**tensors, name: other}, system, alone=False)
+      weights.from_tensors({**tensors, name: other}, parts)
     with pytest.raises(ValueError, match=f'{name} is '):
-      weights.from_tensors(
-        {**tensors, name: other[..., :1]}, system, alone=False
-      )
+      weights.from_tensors({**tensors, name: other[..., :1]}, parts)
     rest = {k: x for k, x in tensors.items() if k != name}
-    weights.from_tensors(rest, system, alone=False)
+    weights.from_tensors(rest, parts)
 
 
 def test_dont_load_by_name_and_by_path():
-  system, arrays, tensors = tiny()
+  parts, arrays, tensors = tiny()
   kept = {path for path in arrays if path.startswith('teacher/mixer1/')}
   odd = {
     **{k: x for k, x in tensors.items() if 'mixer1' not in k},
@@ -306,13 +311,13 @@ def test_dont_load_by_name_and_by_path():
     'extra.weight': np.zeros(3, np.float32),
   }
   found = weights.from_tensors(
-    odd, system, alone=False, leave=('teacher/mixer1/.*', r'extra\..*')
+    odd, parts, leave=('teacher/mixer1/.*', r'extra\..*')
   )
   assert_same(found, {p: x for p, x in arrays.items() if p not in kept})
   with pytest.raises(TypeError, match='give a tuple'):
-    weights.from_tensors(odd, system, alone=False, leave='extra')
+    weights.from_tensors(odd, parts, leave='extra')
   with pytest.raises(ValueError, match='no regular expression'):
-    weights.from_tensors(odd, system, alone=False, leave=('(',))
+    weights.from_tensors(odd, parts, leave=('(',))
 
 
 def small(**kwargs):
@@ -338,13 +343,12 @@ def from_file(before, after):
   """The first parts of the paths that have changed."""
   changed = {p for p in before if not np.array_equal(before[p], after[p])}
   return {
-    weights.BACKBONE if p.startswith(weights.BACKBONE) else p.split('/')[0]
-    for p in changed
+    BACKBONE if p.startswith(BACKBONE) else p.split('/')[0] for p in changed
   }
 
 
 def test_a_config_loads_what_the_file_has(files):
-  backbone, teacher, student = weights.BACKBONE, 'teacher', 'student'
+  backbone, teacher, student = BACKBONE, 'teacher', 'student'
   for name, kwargs, expected in (
     ('teacher', {}, {backbone, teacher}),
     ('teacher', {'student': 'light'}, {backbone, teacher}),
@@ -504,21 +508,19 @@ def test_the_hub_out_of_reach(monkeypatch, tmp_path):
 def test_rules_read_backwards_are_the_same_rules():
   """Every table of every file, from paths to names to paths."""
   for backbone in ('resnet_tiny', 'swin_tiny_test', 'dino_tiny_test'):
-    system, arrays, _ = tiny('backbone', backbone)
-    for table in system.teacher.backbone.torch_tables().values():
-      rules = weights._rules(system, table, alone=True)
+    [part], arrays, _ = tiny('backbone', backbone)
+    arrays = {p.removeprefix(part.path): x for p, x in arrays.items()}
+    for rules in part.module.torch_tables().values():
       names = params.to_torch(arrays, rules)
       assert len(names) == len(arrays)
-      back = params.from_torch(names, rules, params.shapes(system))
+      back = params.from_torch(names, rules, params.shapes(part.module))
       assert_same(back, arrays)
 
 
 def test_students_of_our_own_do_not_go_back():
-  system = nnx.eval_shape(
-    lambda: convert.build('dcama', 'resnet_tiny', 64, student='light')
-  )
+  parts = convert.build('dcama', 'resnet_tiny', 64, student='light')
   with pytest.raises(ValueError, match='LightDistiller has no counterpart'):
-    weights.to_tensors({}, system, alone=False)
+    weights.to_tensors({}, parts[1:])
 
 
 def test_loading_can_be_traced():

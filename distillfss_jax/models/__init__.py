@@ -5,7 +5,7 @@ import pkgutil
 
 from flax import nnx
 
-_NO_MODELS = ('base', 'distilled')  # what models share; students
+_NO_MODELS = ('base', 'core', 'distilled')  # what models share; students
 
 
 def names() -> tuple[str, ...]:
