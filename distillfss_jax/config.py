@@ -10,6 +10,7 @@ what they must be for a run from before to go on as it began.
 
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -78,6 +79,47 @@ def read_file(path: str | os.PathLike) -> dict[str, Any]:
   if 'get_config' not in defined:
     raise ValueError(f'{path} has no get_config(): it is not a config')
   return defined
+
+
+# {key: (least, most)} of numbers whose wrong values would be noticed late.
+_BOUNDS = {
+  'seed': (0, 2**32 - 1),
+  'steps': (1, 10**9),
+  'epochs': (0, 10**6),
+  'micro_batch': (0, 10**6),
+  'log_every': (1, 10**9),
+  'checkpoint_every': (1, 10**9),
+  'data.image_size': (16, 4096),
+  'data.workers': (0, 256),
+  'eval.every': (0, 10**9),
+  'eval.batch_size': (1, 10**5),
+  'eval.panels': (0, 1000),
+  'eval.patience': (0, 10**9),
+  'support.shots': (1, 10**5),
+  'support.seed': (0, 2**32 - 1),
+  'episodes.subsample': (0, 10**5),
+  'episodes.draws': (0, 10**6),
+  'source.batch_size': (1, 10**5),
+  'source.tests': (1, 10**7),
+  'dense.batch_size': (1, 10**5),
+  'optim.lr': (0, math.inf),
+  'optim.weight_decay': (0, math.inf),
+  'optim.clip_norm': (0, math.inf),
+  'optim.clip_value': (0, math.inf),
+}
+
+
+def check_values(config: ConfigDict) -> None:
+  """Raises ValueError for numbers that no run can have; names all of them."""
+  values = flat(config)
+  wrong = [
+    f'config.{key}={values[key]!r}, which must be '
+    + (f'{least} to {most}' if most < 10**9 else f'at least {least}')
+    for key, (least, most) in _BOUNDS.items()
+    if key in values and not least <= values[key] <= most
+  ]
+  if wrong:
+    raise ValueError('; '.join(wrong))
 
 
 def renamed(key: str) -> str:

@@ -62,6 +62,7 @@ def run(config, workdir: str | os.PathLike) -> dict:
 def _run(config, workdir, stop):
   begin = time.monotonic()
   results = workdir / 'results.json'
+  configs.check_values(config)
   _check_same(config, workdir)
   finished = _on_first(results.exists())
   try:
@@ -192,6 +193,7 @@ class _Job:
         x.name: {'size': x.size, 'says': x.says, 'columns': dict(x.columns)}
         for x in scored.protocols
       },
+      'notes': list(scored.notes),
       'references': extra['references'],
       'test_images': scored.images,
       'test_images_per_second': scored.images / scored.seconds,
@@ -462,7 +464,7 @@ def score_table(results: dict) -> str:
   said = [
     f'{name}: {x["says"]}' for name, x in evaluations.items() if x['says']
   ]
-  return '\n'.join([table, *said])
+  return '\n'.join([table, *said, *results.get('notes', ())])
 
 
 # Of results that an older version wrote.

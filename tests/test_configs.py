@@ -13,6 +13,7 @@ import pytest
 from configs import common
 from distillfss_jax import backbones, datasets, systems, train
 from distillfss_jax import config as configs
+from distillfss_jax.pretrained import weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = sorted(
@@ -494,3 +495,42 @@ def test_it_loads_without_jax():
     check=True,
   )  # fmt: skip
   assert done.stdout == 'False\n'
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'said'),
+  [
+    ('checkpoint_every', 0, 'config.checkpoint_every=0, .* at least 1'),
+    ('eval.panels', -1, 'config.eval.panels=-1, .* 0 to 1000'),
+    ('data.image_size', 10**9, 'config.data.image_size=1000000000, .* to 4096'),
+    ('support.shots', 0, 'config.support.shots=0'),
+    ('optim.lr', -1.0, 'config.optim.lr=-1.0, .* at least 0'),
+    ('optim.lr', float('nan'), 'config.optim.lr=nan'),
+    ('seed', -1, 'config.seed=-1'),
+  ],
+)
+def test_numbers_that_no_run_can_have(key, value, said):
+  config = load('demo', 'smoke')
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=said):
+    configs.check_values(config)
+  configs.check_values(load('demo'))
+
+
+@pytest.mark.parametrize('size', [50, 63, 100])
+def test_sizes_that_the_decoder_cannot_double(size):
+  config = load('demo', 'smoke')
+  config.data.image_size = size
+  with pytest.raises(ValueError, match=f'image_size={size}.* multiple'):
+    systems.build(config, 1)
+
+
+def test_a_backbone_that_stays_random_is_warned_about(caplog):
+  config = load('nucleus', 'smoke')
+  system, _ = systems.build(config, 1)
+  weights.load(config, system, {})
+  assert 'teacher/backbone keeps random values' in caplog.text
+  caplog.clear()
+  config = load('demo', 'smoke')  # trains its backbone
+  weights.load(config, systems.build(config, 1)[0], {})
+  assert not caplog.text

@@ -67,3 +67,14 @@ def test_several_test_sets_are_weighted_by_their_images():
   assert [x.name for x in both.protocols] == ['test', 'test/x', 'test/y']
   assert both.scores['test']['student']['miou'] == pytest.approx(0.5)
   assert both.scores['test/y']['student']['miou'] == 0.6
+
+
+def test_what_was_never_found_or_never_there_is_said():
+  metric = evaluation.ModelSize(
+    ('a', 'b', 'c'), base.Protocol('test', 'model', '')
+  )
+  counts = np.zeros((4, 4), int)
+  counts[0, 0], counts[1, 1], counts[2, 0], counts[0, 3] = 9, 5, 3, 1
+  blind, absent = metric.notes('student', counts)
+  assert "student predicts no pixel of 'b'" in blind
+  assert "no test image shows 'c'" in absent

@@ -292,3 +292,18 @@ def test_atomic_writes(tmp_path, monkeypatch):
     files.write_atomically(path, 'new')
   assert path.read_bytes() == b'\x00'
   assert [p.name for p in path.parent.iterdir()] == ['file.txt']
+
+
+def test_what_is_a_dict_has_a_table_of_its_own(tmp_path):
+  found = {
+    'test': {
+      'student': {'miou': 0.5, 'iou': {'cell': 0.25, 'pore': None}},
+      'teacher': {'miou': 0.75, 'iou': {'cell': 0.5, 'pore': 1.0}},
+    }
+  }
+  results.write_results(tmp_path, found)
+  text = (tmp_path / 'results.md').read_text()
+  assert '{' not in text
+  assert '|  | miou |\n| --- | ---: |\n| student | 0.5000 |' in text
+  assert '### iou\n\n|  | cell | pore |' in text
+  assert '| student | 0.2500 | - |' in text

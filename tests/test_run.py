@@ -20,6 +20,8 @@ from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 from test_configs import assert_one_error, refused
 
+from configs import demo
+from distillfss_jax import train
 from distillfss_jax.workdir import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -379,3 +381,30 @@ def test_what_cannot_run_says_so_at_once(tmp_path):
   for (_, said), text in zip(cases, refused(lines, tmp_path), strict=True):
     assert_one_error(text, said)
   assert not workdir.exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+  """With what was good before it, and what to try; then, other data."""
+  config = demo.get_config('smoke')
+  config.optim.lr, config.optim.schedule = 1e30, 'constant'
+  config.steps, config.checkpoint_every, config.log_every = 9, 1, 1
+  config.eval.untrained = config.eval.brightness = False
+  with pytest.raises(ValueError, match=r'loss is nan at step \d+.*optim\.lr'):
+    train.run(config, tmp_path / 'run')
+  assert not (tmp_path / 'run/results.json').exists()
+  kept = checkpoint.load(tmp_path / 'run/checkpoints')
+  assert kept['step'] < 9
+  told = [row['train/loss'] for row in rows(tmp_path / 'run')]
+  assert np.isfinite(told).all()
+
+  ids = tmp_path / 'run/ids.json'
+  were = json.loads(ids.read_text())
+  for key, value in (('test', ['another']), ('digest', 'other pixels')):
+    ids.write_text(json.dumps({**were, key: value}))
+    with pytest.raises(ValueError, match=f'on other data: {key} of ids.json'):
+      train.run(config, tmp_path / 'run')
+  # What an older version did not write down is not compared.
+  del were['digest']
+  ids.write_text(json.dumps(were))
+  with pytest.raises(ValueError, match='loss is nan'):
+    train.run(config, tmp_path / 'run')

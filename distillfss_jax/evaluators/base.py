@@ -51,6 +51,7 @@ class Scored:
   shown: {test: {role: uint8 label map at the model's size}}, of those asked
     for.
   images: how many were scored. seconds: how long it took.
+  notes: what a reader of the scores has to know, in sentences.
   """
 
   scores: dict[str, Scores]
@@ -58,6 +59,7 @@ class Scored:
   shown: dict[int, dict[str, np.ndarray]]
   images: int
   seconds: float
+  notes: tuple[str, ...] = ()
 
   def rows(self) -> list[tuple[Protocol, str, dict]]:
     """(protocol, role, numbers) of all."""
@@ -119,7 +121,13 @@ def over_seeds(found: Mapping[Any, Scored]) -> Scored:
     scores=scores,
     images=sum(x.images for x in each),
     seconds=sum(x.seconds for x in each),
+    notes=_all_notes(each),
   )
+
+
+def _all_notes(each):
+  """The notes of several evaluations, each once."""
+  return tuple(dict.fromkeys(note for x in each for note in x.notes))
 
 
 def _mean(values):
@@ -168,4 +176,5 @@ def over_sets(found: Mapping[str, Scored]) -> Scored:
     first.shown,
     sum(x.images for x in found.values()),
     sum(x.seconds for x in found.values()),
+    _all_notes(found.values()),
   )

@@ -93,12 +93,19 @@ class Images(base.Evaluator):
       }
       for x in self._metrics
     }
+    notes = [
+      note
+      for x in self._metrics
+      for role in roles
+      for note in x.notes(role, total[role][x.protocol.name])
+    ]
     return base.Scored(
       scores,
       tuple(x.protocol for x in self._metrics),
       shown,
       self._images,
       time.monotonic() - begin,
+      tuple(dict.fromkeys(notes)),
     )
 
   def _counts(self, logits, batch):

@@ -38,6 +38,11 @@ class Metric(abc.ABC):
   def scores(self, total: Any) -> dict:
     """Numbers by name, from the summed counts (int64)."""
 
+  def notes(self, role: str, total: Any) -> list[str]:
+    """What a reader of the scores has to know, in sentences."""
+    del role, total
+    return []
+
 
 class ModelSize(Metric):
   """Every pixel at the model's size, with labels shrunk to it.
@@ -65,6 +70,21 @@ class ModelSize(Metric):
     confusion = Confusion(total)
     found = confusion.scores(self.classes)
     return {**found, **confusion.dense_scores()} if self._dense else found
+
+  def notes(self, role, total):
+    said = []
+    for way, name in enumerate(self.classes, 1):
+      if not total[way].sum():
+        said.append(
+          f'{self.protocol.name}: no test image shows {name!r}, so that there '
+          'is nothing to find of it'
+        )
+      elif not total[:, way].sum():
+        said.append(
+          f'{self.protocol.name}: {role} predicts no pixel of {name!r} in any '
+          'test image'
+        )
+    return said
 
 
 class NativeSize(ModelSize):

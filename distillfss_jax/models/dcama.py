@@ -381,6 +381,11 @@ def build(config, image_size, rngs):
     rngs=rngs,
     **config.backbone.fields,
   )
+  if image_size % backbone.strides[-1]:
+    raise ValueError(
+      f'config.data.image_size={image_size}: the maps of DCAMA double in size '
+      f'from stride {backbone.strides[-1]} on; take a multiple of it'
+    )
   fields = dict(config.fields)
   for name in ('voting', 'mix_size'):  # 0 in a config: None
     fields[name] = fields.get(name) or None

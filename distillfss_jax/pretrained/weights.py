@@ -90,6 +90,7 @@ def load(config, system: nnx.Module, variables: Mapping) -> dict:
         f'model.dont_load={config.model.dont_load} without model.init or '
         'model.backbone.init: nothing is loaded'
       )
+    _warn_of_random(system)
     return dict(variables)
   check_fields(config, table)
   result, used = dict(variables), set()
@@ -104,6 +105,21 @@ def load(config, system: nnx.Module, variables: Mapping) -> dict:
       'path of the model'
     )
   return result
+
+
+def _warn_of_random(system):
+  """Says so where parameters that do not train keep random values."""
+  shapes = params.shapes(nnx.state(system, nnx.Param))
+  frozen = [path for path in shapes if path not in system.trains]
+  if frozen:
+    heads = sorted({'/'.join(path.split('/')[:2]) for path in frozen})
+    logging.warning(
+      'nothing pretrained is loaded, and %s keeps random values for good: '
+      'expect poor scores. Give --config.model.backbone.init or '
+      '--config.model.init (see docs/weights.md), or let it train by '
+      '--config.optim.trainable',
+      ', '.join(heads),
+    )
 
 
 def check_fields(config, table: Iterable[Source]) -> None:

@@ -117,10 +117,27 @@ def _plain(value, path):
   raise ValueError(f'{path} is a {type(value).__name__}: give a number or text')
 
 
-def _section(value):
-  """Returns a dict as Markdown: with columns if it is a dict of dicts."""
-  if all(isinstance(v, dict) for v in value.values()):
-    columns = list(dict.fromkeys(k for v in value.values() for k in v))
-    rows = [[name, *map(v.get, columns)] for name, v in value.items()]
-    return markdown(rows, ('', *columns))
-  return markdown(value.items(), ('name', 'value'))
+def _section(value, title=''):
+  """Returns a dict as Markdown: with columns if it is a dict of dicts.
+
+  What is a dict in a cell has a table of its own, below.
+  """
+  if not all(isinstance(v, dict) for v in value.values()):
+    return markdown(value.items(), ('name', 'value'))
+  columns = list(dict.fromkeys(k for v in value.values() for k in v))
+  deep = [
+    k
+    for k in columns
+    if any(isinstance(v.get(k), dict) for v in value.values())
+  ]
+  flat = [k for k in columns if k not in deep]
+  parts = []
+  if flat:
+    rows = [[name, *map(v.get, flat)] for name, v in value.items()]
+    parts.append(markdown(rows, ('', *flat)))
+  for k in filter(deep.__contains__, columns):
+    inner = {name: v[k] for name, v in value.items() if v.get(k)}
+    if inner:
+      head = f'{title}{k}'
+      parts += [f'### {head}', _section(inner, f'{head}, ')]
+  return '\n\n'.join(parts)
