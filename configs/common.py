@@ -59,6 +59,7 @@ def base() -> ConfigDict:
 
   config.eval = ConfigDict()
   config.eval.every = 0  # steps between tests on the way; 0 for none
+  config.eval.epochs = 0.0  # epochs between them, in place of `every`
   config.eval.keep_best = False  # conclude with the best of these, not the last
   config.eval.patience = 0  # such tests without a better one; 0 never stops
   config.eval.batch_size = 4
@@ -76,7 +77,8 @@ def get_config() -> ConfigDict:
   # reference: what the original's model.train() does to its frozen backbone.
   config.backbone_mode = 'frozen'
 
-  config.support = ConfigDict()
+  source(config)
+  config.task = 'adaptation'
   config.support.shots = 5
   # even (the reference's) | random | per_class | per_class_reference
   config.support.rule = 'even'
@@ -86,16 +88,6 @@ def get_config() -> ConfigDict:
   config.episodes.kind = 'leave_one_out'  # | paired | random
   config.episodes.subsample = 1  # shots of an episode; 0 for all others
   config.episodes.draws = 0  # episodes of a step; 0 for one per support image
-
-  # Of task 'source': the shots of an episode are support.shots.
-  config.source = ConfigDict()
-  config.source.rule = 'pair'  # how episodes are found: pair | image | class
-  config.source.recipe = 'none'  # augmentation of the query, see augment.py
-  config.source.support_recipe = 'none'
-  config.source.batch_size = 2  # episodes of a step, over all processes
-  config.source.tests = 1000  # episodes to test on
-  config.source.test_rule = 'pair'
-  config.source.test_seed = 0
 
   fields = config.model.fields
   fields.heads = 8
@@ -127,6 +119,24 @@ def dense(config: ConfigDict) -> ConfigDict:
   config.dense.batch_size = 8  # images of a step, over all processes
   config.dense.recipe = 'none'  # augmentation, see augment.py
   config.dense.held_out = 0.0  # share of training images to choose checkpoints
+  config.dense.classes = 'all'  # | base: those that a fold does not test
+  return config
+
+
+def source(config: ConfigDict) -> ConfigDict:
+  """The same config with what task 'source' reads."""
+  config.task = 'source'
+  config.support = ConfigDict()
+  config.support.shots = 1  # of an episode
+  config.source = ConfigDict()
+  config.source.rule = 'pair'  # how episodes are found: pair | image | class
+  config.source.recipe = 'none'  # augmentation of the query, see augment.py
+  config.source.support_recipe = 'none'
+  config.source.batch_size = 2  # episodes of a step, over all processes
+  config.source.tests = 1000  # episodes to test on
+  config.source.test_rule = 'pair'
+  config.source.test_seed = 0
+  config.source.test_seeds = ()  # more of them: the mean and the deviation
   return config
 
 
@@ -183,6 +193,65 @@ def benchmark(
     config.model.fields.voting = 10
     config.optim.trainable = ('D',)
   return config, arg
+
+
+FOLDS = {
+  'data': ('pascal', 'coco', 'synthetic'),
+  'fold': ('0', '1', '2', '3'),
+  'backbone': ('resnet50', 'vgg16'),
+  'seed': int,
+  'smoke': False,
+}
+
+
+def of_fold(config: ConfigDict, arg: types.SimpleNamespace, name: str) -> None:
+  """Sets the data and the backbone of BAM's family, from `FOLDS`."""
+  config.name = config.system = name
+  config.seed = arg.seed
+  config.data.name, config.data.workers = arg.data, 4
+  config.data.args.update(data_dir='data', fold=int(arg.fold), min_area=2048)
+  # Parity: images that also show tested classes are left out of training.
+  config.data.args.exclusive = name != 'pspnet'
+  config.model.backbone.name = (
+    'resnet50_deep' if arg.backbone == 'resnet50' else arg.backbone
+  )
+  config.eval.native = False
+  config.base = ConfigDict()
+  if arg.data == 'pascal':
+    config.data.args.lists = ''  # the folder of the published ones
+  elif arg.data == 'coco':
+    config.data.args.rule = 'interleaved'  # which classes are of a fold
+
+
+def embedded(config: ConfigDict, *, epochs: float, lr: float) -> None:
+  """The same in minutes, on scenes that are drawn from a seed."""
+  fold = config.data.args.fold
+  config.data.name, config.data.workers = 'scenes', 0
+  config.data.args = ConfigDict()
+  config.data.args.update(fold=fold, image_size=97, num_train=800, num_test=200)
+  config.data.image_size = 97
+  config.model.backbone.name = {'vgg16': 'vgg_tiny'}.get(
+    config.model.backbone.name, 'resnet_tiny_deep'
+  )
+  config.epochs, config.optim.lr = epochs, lr
+  config.eval.batch_size = 8
+
+
+def folds_done(config: ConfigDict, arg: types.SimpleNamespace) -> ConfigDict:
+  """The config, locked, and made small if the arguments ask for it."""
+  if arg.smoke:
+    smoke(config)
+    config.model.backbone.name = (
+      'vgg_tiny' if arg.backbone == 'vgg16' else 'resnet_tiny_deep'
+    )
+    config.data.workers, config.epochs, config.eval.epochs = 0, 0.0, 0.0
+    config.eval.keep_best = False
+    if 'source' in config:
+      config.source.batch_size, config.source.tests = 2, 6
+      config.source.test_seeds = config.source.test_seeds[:1]
+    else:
+      config.dense.batch_size = 2
+  return config.lock()
 
 
 def done(config: ConfigDict, arg: types.SimpleNamespace) -> ConfigDict:

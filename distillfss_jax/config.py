@@ -45,6 +45,8 @@ ADDED: dict[str, Any] = {
   'epochs': 0.0,
   'eval.keep_best': False,
   'eval.patience': 0,
+  'eval.epochs': 0.0,
+  'source.test_seeds': [],
 }
 
 
@@ -95,6 +97,7 @@ _BOUNDS = {
   'eval.batch_size': (1, 10**5),
   'eval.panels': (0, 1000),
   'eval.patience': (0, 10**9),
+  'eval.epochs': (0, 10**6),
   'support.shots': (1, 10**5),
   'support.seed': (0, 2**32 - 1),
   'episodes.subsample': (0, 10**5),

@@ -153,6 +153,14 @@ class _Job:
   lock: locking.Lock | None  # process 0's
 
   @property
+  def every(self):
+    """Steps between tests on the way; 0 for none."""
+    options = self.config.eval
+    if options.epochs:
+      return max(1, round(options.epochs * self.task.data.per_epoch))
+    return options.every
+
+  @property
   def out(self):
     return self.place.out
 
@@ -329,7 +337,7 @@ class _Job:
     patience = self.config.eval.patience
     best = extra.get('best')
     if patience and best:
-      since = (step - best['step']) // self.config.eval.every
+      since = (step - best['step']) // self.every
       extra['stopped_early'] = since >= patience
 
   def _best(self):
@@ -356,7 +364,7 @@ class _Job:
       raise signals.Stopped(wanted)
 
   def _tests_at(self, step):
-    every = self.config.eval.every
+    every = self.every
     return every and step % every == 0 and step < self.steps
 
   def _count(self, step, pace, most):
@@ -364,7 +372,7 @@ class _Job:
     config = self.config
     # The first dispatch is one step: it compiles, and the second measures.
     count = 1 if pace is None else max(1, int(PATIENCE / pace))
-    for every in (config.log_every, config.checkpoint_every, config.eval.every):
+    for every in (config.log_every, config.checkpoint_every, self.every):
       if every:
         count = min(count, every - step % every)
     return min(count, most, self.steps - step)

@@ -56,11 +56,13 @@ APART = {
 }
 # Folders that are one thing in parts; those of the others are of a kind.
 PARTS = ('ops', 'data', 'workdir', 'pretrained')
-SHARED_FILES = (
+# Siblings may import these.
+SHARED_FILES = ('__init__', 'base', 'core', 'adapted', 'meta', 'metrics')
   '__init__',
   'base',
   'core',
   'adapted',
+  'meta',
   'metrics',
 )  # siblings may import them
 

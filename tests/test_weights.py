@@ -138,7 +138,7 @@ def test_the_original_files(shared):
 def test_a_teacher_in_half_precision_behind_a_prefix(shared):
   file = shared('goldens/torch_files/teacher_tinyswin_module_prefix.pt')
   config = config_of('swin_tiny_test', 128, init=str(file))
-  skips = convert._fields(archive.read(file))['concat_support']
+  skips = convert._fields(archive.read(file))['fields']['concat_support']
   config.model.fields.concat_support = skips
   config.system = 'transferfss'
   _, _, variables = loaded(config)

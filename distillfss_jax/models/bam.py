@@ -18,7 +18,7 @@ import flax
 import jax.numpy as jnp
 from flax import nnx
 
-from distillfss_jax import layers
+from distillfss_jax import layers, models
 from distillfss_jax.layers import torch_rules
 from distillfss_jax.models import core
 from distillfss_jax.ops import random, resize
@@ -267,3 +267,13 @@ class BAM(core.BaseAndMeta):
   def torch_unused(self, tensors):
     """See `backbones.base.Backbone`."""
     return layers.torch_counts(tensors)
+
+
+def build(config, image_size, rngs):
+  """The model of a config; see `models.build`."""
+  return BAM(
+    models.build_backbone(config, image_size, rngs),
+    **config.fields,
+    dtype=config.dtype,
+    rngs=rngs,
+  )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distillfss_jax import backbones, layers, params
+from distillfss_jax import layers, models, params
 from distillfss_jax.models import base
 from distillfss_jax.ops import attention, conv, random, resize, ways
 from distillfss_jax.types import Array, Pyramid
@@ -375,12 +375,7 @@ class DCAMA(base.FewShotSegmenter):
 
 def build(config, image_size, rngs):
   """The model of a config; see `models.build`."""
-  backbone = backbones.build(
-    config.backbone.name,
-    image_size=image_size,
-    rngs=rngs,
-    **config.backbone.fields,
-  )
+  backbone = models.build_backbone(config, image_size, rngs)
   if image_size % backbone.strides[-1]:
     raise ValueError(
       f'config.data.image_size={image_size}: the maps of DCAMA double in size '

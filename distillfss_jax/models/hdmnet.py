@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distillfss_jax import layers
+from distillfss_jax import layers, models
 from distillfss_jax.layers import torch_rules
 from distillfss_jax.models import core
 from distillfss_jax.ops import correlation, random, resize
@@ -559,3 +559,13 @@ def _unit(x):
   x = x.astype(jnp.float32)
   square = jnp.square(x).sum(-1, keepdims=True)
   return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+def build(config, image_size, rngs):
+  """The model of a config; see `models.build`."""
+  return HDMNet(
+    models.build_backbone(config, image_size, rngs),
+    **config.fields,
+    dtype=config.dtype,
+    rngs=rngs,
+  )

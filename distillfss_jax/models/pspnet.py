@@ -8,7 +8,7 @@ and a small classifier reads both.
 import jax.numpy as jnp
 from flax import nnx
 
-from distillfss_jax import layers
+from distillfss_jax import layers, models
 from distillfss_jax.backbones.base import Staged
 from distillfss_jax.layers import Normalise, by_running
 from distillfss_jax.models import base, core
@@ -89,3 +89,22 @@ class PSPNet(nnx.Module):
       if name.startswith('layer')
     }
     return found | again
+
+
+def build(config, image_size, rngs, classes):
+  """The model of a config; see `models.build`."""
+  return PSPNet(
+    models.build_backbone(config, image_size, rngs),
+    classes,
+    **config.fields,
+    dtype=config.dtype,
+    rngs=rngs,
+  )
+
+
+class Within(PSPNet):
+  """The base learner inside BAM or HDMNet, by PSPNet's names."""
+
+  def __init__(self, model: core.BaseAndMeta):
+    self.backbone, self.head = model.backbone, model.head
+    self.dtype = model.dtype

@@ -8,7 +8,7 @@ from flax import nnx
 
 from distillfss_jax import optim, params
 
-_NO_SYSTEMS = ('adapted', 'base')  # what systems share
+_NO_SYSTEMS = ('adapted', 'base', 'meta')  # what systems share
 
 
 def names() -> tuple[str, ...]:

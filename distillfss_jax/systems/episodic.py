@@ -29,8 +29,9 @@ class Episodic(adapted.AdaptedSystem):
       raise ValueError(f'an episode of a source has one way, not {ways}')
     self.weights = tuple(weights)
 
-  def shared(self):
-    """Nothing: every step has images of its own."""
+  def shared(self, values):
+    """Nothing: every step has images of its own, of one class."""
+    del values
     return ()
 
   def seen(self, shared, batch, items):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from distillfss_jax import datasets
-from distillfss_jax.data import augment, core, pipeline
+from distillfss_jax.data import augment, core, mask_meaning, pipeline
 from distillfss_jax.evaluators import metrics
 from distillfss_jax.evaluators.base import Protocol
 from distillfss_jax.evaluators.images import Images
@@ -42,7 +42,12 @@ class Data(base.Data):
 
   def __init__(self, config):
     dense = config.dense
-    self.dataset = dataset = datasets.load(config.data.name, **config.data.args)
+    if dense.classes not in ('all', 'base'):
+      raise ValueError(
+        f'config.dense.classes is {dense.classes!r}; there are: all, base'
+      )
+    load = _base_classes if dense.classes == 'base' else datasets.load
+    self.dataset = dataset = load(config.data.name, **config.data.args)
     base.check_shared(dense.batch_size, 'dense')
     self.recipe = augment.get(dense.recipe)
     images = len(dataset.train)
@@ -71,6 +76,21 @@ class Data(base.Data):
     found = {name: list(x.ids) for name, x in parts.items()}
     digests = [getattr(x, 'digests', None) for x in parts.values()]
     return {**found, 'digest': base.digest_of(found, digests)}
+
+
+def _base_classes(name, **args):
+  """A fold's base classes, everywhere; what the fold tests is background."""
+  module = datasets.module(name)
+  if not hasattr(module, 'pool'):
+    raise ValueError(f'{name} has no folds, and so no base classes')
+  train, test = (module.pool(part=x, **args) for x in ('train', 'test'))
+  return core.Dataset(
+    name,
+    train.classes,
+    mask_meaning.palette(len(train.classes)),
+    core.Chosen(train.source, train.values),
+    core.Chosen(test.source, train.values),
+  )
 
 
 class Task(base.Task):

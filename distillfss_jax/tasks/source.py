@@ -6,8 +6,9 @@ The test is a list of episodes of classes that no step has seen.
 import jax
 import numpy as np
 
-from distillfss_jax import datasets
+from distillfss_jax import datasets, parallel
 from distillfss_jax.data import augment, episodes, pipeline
+from distillfss_jax.evaluators.base import over_seeds
 from distillfss_jax.evaluators.episodes import Episodes
 from distillfss_jax.tasks import base
 from distillfss_jax.types import Episode
@@ -43,13 +44,17 @@ class Data(base.Data):
     )
     shots = config.support.shots
     self.draw = episodes.Random(self.train, shots, source.rule)
-    self.table = episodes.listed(
-      self.held_out,
-      shots=shots,
-      rule=source.test_rule,
-      count=source.tests,
-      seed=source.test_seed,
-    )
+    self.tables = {
+      seed: episodes.listed(
+        self.held_out,
+        shots=shots,
+        rule=source.test_rule,
+        count=source.tests,
+        seed=seed,
+      )
+      for seed in (source.test_seed, *source.test_seeds)
+    }
+    self.table = self.tables[source.test_seed]
     self.classes, self.size = self.held_out.classes, source.tests
     self.per_epoch = len(self.draw) / source.batch_size
 
@@ -73,15 +78,24 @@ class Task(base.Task):
 
   def __init__(self, config, *args):
     super().__init__(config, *args)
-    self.evaluator = Episodes(
-      self.data.held_out,
-      self.data.table,
-      self.program.memorize,
-      self.program.predict,
-      image_size=config.data.image_size,
-      batch_size=config.eval.batch_size,
-      workers=config.data.workers,
-    )
+    self.evaluators = {
+      seed: Episodes(
+        self.data.held_out,
+        table,
+        self.program.memorize,
+        self.program.predict,
+        image_size=config.data.image_size,
+        batch_size=config.eval.batch_size,
+        workers=config.data.workers,
+      )
+      for seed, table in self.data.tables.items()
+    }
+
+  def shared(self, state):
+    """The labels that the records give the classes which are trained."""
+    values = np.asarray(self.data.train.values, np.int32)
+    made = self.program.shared(self.variables(state), values)
+    return parallel.replicate(jax.device_get(made), self.mesh)
 
   def batches(self):
     config = self.config
@@ -108,9 +122,18 @@ class Task(base.Task):
     return batch, element['valid']
 
   def test(self, state, show=()):
-    return self.evaluator.run(
-      self.variables(state), self.program.roles, show=show
-    )
+    variables, roles = self.variables(state), self.program.roles
+    first, *others = self.evaluators
+    found = {first: self.evaluators[first].run(variables, roles, show=show)}
+    if not others:
+      return found[first]
+    found |= {x: self.evaluators[x].run(variables, roles) for x in others}
+    return over_seeds(found)
+
+  def validate(self, state):
+    """On the way one seed must do."""
+    first = next(iter(self.evaluators.values()))
+    return first.run(self.variables(state), self.program.roles)
 
   def references(self, state):
     if not self.config.eval.untrained:
