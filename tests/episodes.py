@@ -8,6 +8,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 from flax import nnx
 
 from distillfss_jax import backbones, params
@@ -142,3 +143,27 @@ def gradient_norms(model, loss, wanted):
     name: float(jnp.linalg.norm(gradients[places[name]])) for name in wanted
   }
   return parts, norms
+
+
+def tiny(kind, seed=0, **fields):
+  """A small model with random numbers; deterministic."""
+  return parity.fill_randomly(build(kind, 'resnet_tiny_deep', **fields), seed)
+
+
+def scene_of(shots, ways=1, episodes=1, size=33, seed=0):
+  """Random query [e, H, W, 3], support [e, s, H, W, 3] and masks [..., n]."""
+  rng = np.random.default_rng(seed)
+  query = rng.normal(size=(episodes, size, size, 3))
+  support = rng.normal(size=(episodes, shots, size, size, 3))
+  masks = np.zeros((episodes, shots, size, size, ways))
+  for mask in masks.reshape(-1, size, size, ways):
+    y, x = rng.integers(0, size // 2, 2)
+    mask[y : y + size // 2, x : x + size // 2, rng.integers(ways)] = 1
+  return tuple(x.astype(np.float32) for x in (query, support, masks))
+
+
+@jax.jit
+def segment(model, query, support, masks, present):
+  """Logits [b, H, W, 1+n] of queries [b, ...], as a test asks for them."""
+  memory = model.memorize(model.encode_support(support, masks), masks, present)
+  return model.segment(model.encode(query), memory, query.shape[1:3]).logits

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from distillfss_jax import params
-from distillfss_jax.backbones import resnet, swin
+from distillfss_jax.backbones import base, resnet, swin, vgg
 
 _PREFIX = 'teacher.feature_extractor.'
 
@@ -209,7 +209,7 @@ def test_parameter_count(module, variant, scalars):
 
 @pytest.mark.parametrize(
   ('module', 'variant'),
-  [(m, v) for m in (resnet, swin) for v in m.variants],
+  [(m, v) for m in (resnet, swin, vgg) for v in m.variants],
 )
 def test_declared_shapes_hold(module, variant):
   backbone = _abstract(module, variant)
@@ -302,8 +302,13 @@ def test_initial_weights_are_drawn_from_the_seed(build, leaf, deviation):
   assert abs(float(a.mean())) < deviation / 5
 
 
-def test_own_statistics_are_those_of_each_image():
-  backbone, images = _resnet(), _images(3, 64)
+@pytest.mark.parametrize(
+  ('module', 'variant', 'size'),
+  [(resnet, 'resnet_tiny', 64), (vgg, 'vgg_tiny', 32)],
+)
+def test_own_statistics_are_those_of_each_image(module, variant, size):
+  backbone = parity.fill_randomly(_abstract(module, variant))
+  images = _images(3, size)
   encode = jax.jit(lambda m, x: m.encode_with_statistics(x))
   pyramid, statistics = encode(backbone, images)
   for i in range(3):
@@ -312,9 +317,14 @@ def test_own_statistics_are_those_of_each_image():
       np.testing.assert_allclose(a[i], b[0], atol=1e-4)
     for path, value in own.items():
       np.testing.assert_allclose(statistics[path][i], value[0], atol=1e-4)
-  stem = np.asarray(backbone.conv1(jnp.asarray(images)))
+  path, conv = (
+    ('bn1', backbone.conv1)
+    if module is resnet
+    else ('layer0/norms/0', backbone.layer0.convs[0])
+  )
+  first = np.asarray(conv(jnp.asarray(images)))
   np.testing.assert_allclose(
-    statistics['bn1/var'], stem.var((1, 2), ddof=1), rtol=1e-4
+    statistics[f'{path}/var'], first.var((1, 2), ddof=1), rtol=1e-4
   )
   running = params.flatten(nnx.state(backbone, nnx.BatchStat))
   assert statistics.keys() == running.keys()
@@ -403,3 +413,225 @@ def test_swin_names_the_size_it_was_built_for():
 def test_swin_refuses_heads_that_do_not_divide():
   with pytest.raises(ValueError, match='8 channels do not divide among 3'):
     _swin(heads=(3, 2, 2, 4))
+
+
+@pytest.mark.parametrize(
+  ('fields', 'strides', 'dilations'),
+  [
+    ({}, (4, 8, 16, 32), ([1] * 2, [1] * 2, [1] * 2, [1] * 3)),
+    # PSPNet's: every block of a stage, its first included.
+    ({'output_stride': 8}, (4, 8, 8, 8), ([1] * 2, [1] * 2, [2] * 2, [4] * 3)),
+    # torchvision's and SSP's: the first block stays behind.
+    (
+      {'output_stride': 8, 'lagging': True},
+      (4, 8, 8, 8),
+      ([1] * 2, [1] * 2, [1, 2], [2, 4, 4]),
+    ),
+    # DeepLab's, with a grid of dilations in the last stage.
+    (
+      {'output_stride': 16, 'multi_grid': (1, 2, 4)},
+      (4, 8, 16, 16),
+      ([1] * 2, [1] * 2, [1] * 2, [2, 4, 8]),
+    ),
+  ],
+)
+def test_dilation_takes_the_place_of_strides(fields, strides, dilations):
+  backbone = nnx.eval_shape(
+    lambda: resnet.ResNet(
+      depths=(2, 2, 2, 3), width=4, rngs=nnx.Rngs(0), **fields
+    )
+  )
+  assert backbone.strides == strides
+  for i, wanted in enumerate(dilations):
+    blocks = getattr(backbone, f'layer{i + 1}')
+    assert [block.conv2.dilation for block in blocks] == wanted
+  images = jax.ShapeDtypeStruct((1, 65, 65, 3), jnp.float32)
+  pyramid = nnx.eval_shape(lambda m, x: m(x), backbone, images)
+  for x, stride in zip(pyramid, strides, strict=True):
+    assert x.shape[2:4] == (-(-65 // stride),) * 2
+
+
+def test_basic_blocks_dilate_both_convolutions():
+  backbone = _resnet_of(block='basic', output_stride=8, width=4)
+  dilations = [
+    (block.conv1.dilation, block.conv2.dilation)
+    for i in (1, 2, 3, 4)
+    for block in getattr(backbone, f'layer{i}')
+  ]
+  assert dilations == [(1, 1)] * 2 + [(2, 2), (4, 4)]
+  # No projection where nothing changes; one where channels do.
+  assert backbone.layer1[0].downsample is None
+  assert backbone.layer3[0].downsample is not None
+
+
+def _resnet_of(**fields):
+  fields = {'depths': (1, 1, 1, 1), 'rngs': nnx.Rngs(0)} | fields
+  return nnx.eval_shape(lambda: resnet.ResNet(**fields))
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'said'),
+  [
+    ('block', 'wide', 'bottleneck, basic'),
+    ('stem', '7x7', 'plain, deep'),
+    ('output_stride', 4, '8, 16, 32'),
+  ],
+)
+def test_resnets_that_there_are_not(field, value, said):
+  with pytest.raises(ValueError, match=f'no {field} {value!r}.*{said}'):
+    _resnet_of(**{field: value})
+
+
+@pytest.mark.parametrize(
+  ('module', 'variant'), [(resnet, 'resnet_tiny_deep'), (vgg, 'vgg_tiny')]
+)
+def test_stages_one_by_one(module, variant):
+  backbone = parity.fill_randomly(_abstract(module, variant))
+  images = jnp.asarray(_images(2, 32))
+  pyramid = _encode(backbone, images)
+
+  @jax.jit
+  def train(backbone, images):
+    valid = jnp.array([True, False])
+
+    def normalise(norm, x):
+      return norm.train(x, valid)
+
+    x = backbone.stem(images, normalise)
+    found = []
+    for i in range(4):
+      maps = backbone.stage(i, x, normalise)
+      found.append(jnp.stack(maps, 1))
+      x = backbone.activate(maps[-1])
+    return found, nnx.state(backbone, nnx.BatchStat)
+
+  found, moved = train(backbone, images)
+  # The first image alone decides, as if the other were not there.
+  alone, statistics = backbone.encode_with_statistics(images[:1])
+  for a, b, c in zip(found, alone, pyramid, strict=True):
+    assert a.shape == c.shape
+    np.testing.assert_allclose(a[0], b[0], atol=1e-3)
+  running = params.flatten(nnx.state(backbone, nnx.BatchStat))
+  for path, x in params.flatten(moved).items():
+    wanted = 0.9 * running[path] + 0.1 * statistics[path][0]
+    np.testing.assert_allclose(x, wanted, atol=1e-4)
+
+
+def test_vgg_pools_what_is_left_over():
+  backbone = _abstract(vgg, 'vgg_tiny')
+  images = jax.ShapeDtypeStruct((1, 97, 97, 3), jnp.float32)
+  pyramid = nnx.eval_shape(lambda m, x: m(x), backbone, images)
+  assert [x.shape[2] for x in pyramid] == [25, 13, 7, 7]
+  x = jnp.arange(5.0).reshape(1, 1, 5, 1)
+  pooled = base.max_pool(x, 2, 2, ((0, 1), (0, 1)))
+  np.testing.assert_array_equal(pooled.ravel(), [1, 3, 4])
+
+
+@pytest.mark.parametrize(
+  ('module', 'variant'),
+  [
+    (resnet, 'resnet18'),
+    (resnet, 'resnet_tiny'),
+    (resnet, 'resnet_tiny_deep'),
+    (vgg, 'vgg_tiny'),
+    (swin, 'swin_tiny_test'),
+  ],
+)
+def test_torch_names_go_both_ways(module, variant):
+  backbone = _abstract(module, variant)
+  rng = np.random.default_rng(0)
+  arrays = {
+    path: rng.normal(size=shape).astype(np.float32)
+    for path, shape in params.shapes(backbone).items()
+  }
+  for table in backbone.torch_tables().values():
+    tensors = params.to_torch(arrays, table)
+    assert len(tensors) == len(arrays)
+    tensors |= backbone.torch_unused(tensors)
+    back = params.from_torch(tensors, table, params.shapes(backbone))
+    jax.tree.map(np.testing.assert_array_equal, back, arrays)
+
+
+def test_names_of_deep_stems():
+  backbone = _abstract(resnet, 'resnet_tiny_deep')
+  arrays = {
+    path: np.zeros(shape) for path, shape in params.shapes(backbone).items()
+  }
+  last = {
+    who: {
+      path: name
+      for path in ('conv3/kernel', 'bn3/mean')
+      for name in params.to_torch({path: arrays[path]}, table)
+    }
+    for who, table in backbone.torch_tables().items()
+  }
+  assert last == {
+    'imagenet': {
+      'conv3/kernel': 'conv3.weight',
+      'bn3/mean': 'bn3.running_mean',
+    },
+    'pspnet': {
+      'conv3/kernel': 'layer0.6.weight',
+      'bn3/mean': 'layer0.7.running_mean',
+    },
+    'nested': {
+      'conv3/kernel': 'conv1.6.weight',
+      'bn3/mean': 'bn1.running_mean',
+    },
+    'ssp': {
+      'conv3/kernel': 'layer0.0.6.weight',
+      'bn3/mean': 'layer0.1.running_mean',
+    },
+  }
+
+
+def _hashed(name, shape):
+  """The filler of the goldens of dilated ResNets: a hash, variance 1."""
+  i = np.arange(np.prod(shape), dtype=np.uint32)
+  x = i * np.uint32(0x9E3779B1) + np.uint32(zlib.crc32(name.encode()))
+  x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+  x = ((x ^ (x >> 16)) / 2**32).reshape(shape)
+  z = (2 * x - 1) * 3**0.5
+  if name.endswith('running_mean'):
+    z = 0.1 * z
+  elif name.endswith('running_var'):
+    z = 1 + 0.5 * x
+  elif len(shape) > 1 and name != 'input':
+    z = z / np.prod(shape[1:]) ** 0.5
+  elif len(shape) == 1:
+    z = 1 + 0.1 * z if name.endswith('weight') else 0.05 * z
+  return z.astype(np.float32)
+
+
+@pytest.mark.parametrize(
+  ('variant', 'grid'),
+  [
+    ('resnet18', (1,)),
+    pytest.param('resnet101', (1, 2, 4), marks=pytest.mark.slow),
+  ],
+)
+def test_golden_dilated(shared, variant, grid):
+  """Stages before their ReLU, at output stride 16."""
+  path = shared('goldens/attnfd_kdas/golden_attnfd.json')
+  golden = json.loads(path.read_text())[variant]['feats'][:4]
+  build = functools.partial(
+    resnet.variants[variant], output_stride=16, multi_grid=grid
+  )
+  backbone = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+  empty = {
+    path: np.broadcast_to(np.float32(0), shape)
+    for path, shape in params.shapes(backbone).items()
+  }
+  names = params.to_torch(empty, resnet.TORCH_NAMES)
+  weights = {k: _hashed(f'backbone.{k}', x.shape) for k, x in names.items()}
+  parity.load(backbone, weights, resnet.TORCH_NAMES)
+  images = _hashed('input', (2, 3, 129, 161)).transpose(0, 2, 3, 1)
+  for x, wanted in zip(_encode(backbone, images), golden, strict=True):
+    x = parity.channels_first(x[:, -1])
+    assert list(x.shape) == wanted['shape']
+    places = list(map(int, wanted['vals']))
+    ours = [x.mean(), x.std(), x.min(), *x.ravel()[places]]
+    theirs = [wanted[k] for k in ('mean', 'std', 'min')]
+    theirs += wanted['vals'].values()
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(x).max())

@@ -41,13 +41,13 @@ def test_golden(shared, fixture):
   final, meta, base, coarse, scene = run(model, *episodes.golden_inputs(shots))
   for name, x in (('final', final), ('meta', meta), ('base', base)):
     parity.assert_close(golden, name, parity.channels_first(x))
-  for name, x in zip(('w_c', 'w_m', 'w_f'), coarse.matches, strict=True):
-    parity.assert_close(golden, name, x[:, 0, ..., 0])
-  for name, x in (
-    ('sim', parity.channels_first(coarse.similarity[:, 0])), ('psi', scene)
-  ):  # fmt: skip
-    if name in golden:
-      parity.assert_close(golden, name, x)
+  # That of the VGG holds the answers alone.
+  if 'psi' in golden:
+    for name, x in zip(('w_c', 'w_m', 'w_f'), coarse.matches, strict=True):
+      parity.assert_close(golden, name, x[:, 0, ..., 0])
+    similarity = parity.channels_first(coarse.similarity[:, 0])
+    parity.assert_close(golden, 'sim', similarity)
+    parity.assert_close(golden, 'psi', scene)
 
 
 def test_golden_training(shared):

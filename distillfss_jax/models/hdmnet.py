@@ -185,12 +185,15 @@ class Block(nnx.Module):
     self.norm1, self.norm2 = norm(), norm()
     self.query, self.key, self.value = linear(), linear(), linear()
     self.out = linear()
-    self.reduce = self.norm = None
-    if reduction > 1:
-      self.reduce = layers.Conv(
+    apart = reduction == 1
+    self.reduce = (
+      None
+      if apart
+      else layers.Conv(
         WIDTH, WIDTH, reduction, stride=reduction, padding=0, rngs=rngs
       )
-      self.norm = norm()
+    )
+    self.norm = None if apart else norm()
     wide = 4 * WIDTH
     self.expand = layers.Conv(WIDTH, wide, 1, rngs=rngs)
     self.mix = layers.Conv(wide, wide, 3, groups=wide, rngs=rngs)
