@@ -15,9 +15,11 @@ import numpy as np
 from absl import app, flags, logging
 
 from distillfss_jax import datasets
-from distillfss_jax.data import augment, episodes, pipeline
+from distillfss_jax.data import augment, download, episodes, notes, pipeline
 from distillfss_jax.workdir import pictures
 
+# What a dataset's `prepare` may take.
+_OPTIONS = ('skip_bad', 'split', 'name', 'unknown', 'meaning', 'group_by')
 _SHOWN, _SIZE = 10, 192  # images of each split on a contact sheet; pixels
 
 
@@ -50,6 +52,9 @@ def run(dataset, raw, data_dir, **options):
   print(f'{name}: {counts} images in {place}, {seconds:.0f} s.')
   if hasattr(module, 'summary'):
     print(module.summary(manifest))
+  else:
+    for note in notes.notes(manifest):
+      print(f'  note: {note}')
 
 
 def _check_takes(dataset, function, options):
@@ -159,10 +164,9 @@ def main(argv):
     if len(argv) > 1:
       raise ValueError(f'what is {argv[1:]}? Options are --dataset, --raw, ...')
     options = {
-      name: values[name].value
-      for name in ('skip_bad', 'split', 'name', 'unknown')
-      if values[name].value
+      name: values[name].value for name in _OPTIONS if values[name].value
     }
+    download.allow(values.max_megapixels)
     if values.raw or not values.show:
       run(values.dataset, values.raw, values.data_dir, **options)
     if values.show:
@@ -186,6 +190,14 @@ def define_flags():
   flags.DEFINE_string('split', None, 'Rule that divides train and test.')
   flags.DEFINE_string('name', None, "What to call a folder's dataset.")
   flags.DEFINE_string('unknown', None, "DeepGlobe's black: void | reference.")
+  flags.DEFINE_string('meaning', None, 'File that says what masks mean.')
+  flags.DEFINE_string(
+    'group_by', None, 'Regular expression that finds the group of an image.'
+  )
+  flags.DEFINE_alias('group-by', 'group_by')
+  flags.DEFINE_integer(
+    'max_megapixels', download.MEGAPIXELS, 'The largest picture to be read.'
+  )
   flags.DEFINE_bool('show', False, 'Write a contact sheet of what is there.')
   flags.DEFINE_bool('skip_bad', False, 'Leave out images with bad files.')
 
