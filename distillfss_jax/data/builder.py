@@ -22,6 +22,7 @@ import tensorflow_datasets as tfds
 
 from distillfss_jax.data import copies, download, prepared
 
+_PART = 1 << 20  # pixels that are looked at at a time
 SHARD = 1 << 29  # bytes of decoded images in a file of records
 
 
@@ -212,6 +213,11 @@ def check(layout, *, skip_bad):
     )
   if not good:
     raise ValueError(f'none of the {len(ids)} images can be used')
+  if not any(one.areas for one in good):
+    raise ValueError(
+      f'none of the {len(good)} images has a pixel of a class in its mask: '
+      'there is nothing to learn'
+    )
   return good, bad
 
 
@@ -231,7 +237,7 @@ def _edges(label):
   # A row of strips with two more rows on each side; void is 0, background 1.
   padded = np.pad(label + np.uint8(1), 2, mode='edge')
   height, width = label.shape
-  rows = max(1, (1 << 20) // width)
+  rows = max(1, _PART // width)
   for top in range(0, height, rows):
     end = min(top + rows, height)
     here = padded[top + 2 : end + 2, 2:-2]

@@ -25,6 +25,41 @@ def _of_image(name, source, stated, size):
     )
 
 
+def identity(said):
+  """An id of COCO, a whole number or a text; TypeError where it is none."""
+  if isinstance(said, float) and said.is_integer():
+    return int(said)
+  if isinstance(said, bool) or not isinstance(said, int | str):
+    raise TypeError(f'{said!r:.40} is no id')
+  return said
+
+
+def word(said):
+  """A name in a list, also a number; TypeError where it is none."""
+  if isinstance(said, bool) or not isinstance(said, int | str) or said == '':
+    raise TypeError(f'{said!r:.40} is no name')
+  return str(said)
+
+
+def refuse_twice(source, what, said):
+  """Raises ValueError where one id is that of two.
+
+  Args:
+    source: the list, for the message.
+    what: has ids.
+    said: (id, name) of each.
+  """
+  of = collections.defaultdict(dict)
+  for number, name in said:
+    of[number][name] = None
+  if twice := {n: names for n, names in of.items() if len(names) > 1}:
+    shown = [f'{n} ({" and ".join(names)})' for n, names in twice.items()]
+    raise ValueError(
+      f'{source} gives one {what} id to several: {download.few(shown)}. Were '
+      'two exports put together? Number those of the second anew'
+    )
+
+
 class _Form:
   """What the three have in common."""
 
@@ -150,23 +185,22 @@ class Coco(_Form):
     try:
       made = files.json(self._name)
       entries = [
-        (_id(x['id']), _word(x['file_name']), x) for x in made['images']
+        (identity(x['id']), word(x['file_name']), x) for x in made['images']
       ]
-      pairs_ = [(_id(x['id']), _name(x['name'])) for x in made['categories']]
+      names = [(identity(x['id']), word(x['name'])) for x in made['categories']]
       annotations = [
-        (_id(x['image_id']), _id(x['category_id']), x)
+        (identity(x['image_id']), identity(x['category_id']), x)
         for x in made['annotations']
       ]
-      sorted(number for number, _ in pairs_)
+      sorted(number for number, _ in names)  # of one kind
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise ValueError(
         f'{self._name} is not COCO ({download.reason(error)}): it needs '
         'images (id, file_name), annotations (image_id, category_id, '
         'segmentation) and categories (id, name)'
       ) from error
-    files_of = [(number, file_name) for number, file_name, _ in entries]
-    self._refuse_twice('image', files_of)
-    self._refuse_twice('category', pairs_)
+    refuse_twice(self._name, 'image', [x[:2] for x in entries])
+    refuse_twice(self._name, 'category', names)
     crowds = sum(bool(x.get('iscrowd')) for _, _, x in annotations)
     if crowds:
       logging.info(
@@ -174,19 +208,7 @@ class Coco(_Form):
         self._name,
         crowds,
       )
-    return entries, dict(pairs_), annotations
-
-  def _refuse_twice(self, what, said):
-    """Raises ValueError where one id is that of two."""
-    of = collections.defaultdict(dict)
-    for number, name in said:
-      of[number][name] = None
-    if twice := {n: names for n, names in of.items() if len(names) > 1}:
-      shown = [f'{n} ({" and ".join(names)})' for n, names in twice.items()]
-      raise ValueError(
-        f'{self._name} gives one {what} id to several: {download.few(shown)}. '
-        'Were two exports put together? Number those of the second anew'
-      )
+    return entries, dict(names), annotations
 
   def label(self, id_, size):
     """Paints the annotations of an id, uint8 [H, W]."""
@@ -248,25 +270,6 @@ def _box(said, size):
   return slice(top, bottom), slice(left, right)
 
 
-def _id(said):
-  """An id of COCO: a whole number or a text."""
-  if isinstance(said, float) and said.is_integer():
-    return int(said)
-  if isinstance(said, bool) or not isinstance(said, int | str):
-    raise TypeError(f'{said!r:.40} is no id')
-  return said
-
-
-def _word(said):
-  if not isinstance(said, str) or not said:
-    raise TypeError(f'{said!r:.40} is no name')
-  return said
-
-
-def _name(said):
-  return str(said) if isinstance(said, int) else _word(said)
-
-
 # --------------------------------------------------------------------- LabelMe
 
 
@@ -326,7 +329,7 @@ def _labelme(name, said):
   with download.guard(name, 'is not LabelMe'):
     height, width = said.get('imageHeight'), said.get('imageWidth')
     shapes = [
-      (_word(x['label']), x.get('shape_type') or 'polygon', x)
+      (word(x['label']), x.get('shape_type') or 'polygon', x)
       for x in said['shapes']
     ]
     return (height, width) if height and width else None, shapes

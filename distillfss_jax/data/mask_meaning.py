@@ -17,12 +17,14 @@ from scipy import ndimage
 
 from distillfss_jax.data import download
 
+_PART = 1 << 20  # pixels that are looked at at a time
 _MOST = 32  # values or colours that are still taken for classes
 _KEPT = 4096  # colours of one mask that are looked at: far too many
 _VOID = ('void', 'ignore')
 _UNLABELLED = (65535, 2**32 - 1)  # what -1 becomes in files without a sign
 _EDGE = 0.5  # of the pixels of a value: it is only what edges blend into
-_SOME = 16  # pixels: fewer are no class by themselves
+_SOME = 4  # pixels amid their like: fewer are no area
+_FEW = 8  # blends of labels: so many may be outlines
 _FLAT = 0.01  # of the white of lossy masks: so much even grey is a third level
 
 
@@ -142,6 +144,7 @@ class Seen(typing.NamedTuple):
   """The distinct values of one mask, and the pixels that have them.
 
   between: of `counts`, pixels that a blend of their neighbours would give.
+  inner: of `counts`, pixels whose neighbours are all the same.
   flat: pixels of a lossy mask in even grey areas, neither black nor white.
   """
 
@@ -149,6 +152,7 @@ class Seen(typing.NamedTuple):
   mask: Mask  # its values are the distinct ones, [v]
   counts: np.ndarray
   between: np.ndarray
+  inner: np.ndarray
   flat: int = 0
 
 
@@ -315,13 +319,15 @@ def survey(contents, name):
   """
   mask = decode(contents, name)
   values, counts = _count(mask.values)
-  between, flat = np.zeros(len(values), np.int64), 0
+  between = inner = np.zeros(len(values), np.int64)
+  flat = 0
   if 2 < len(values) <= _KEPT:
-    between, flat = _between(mask, values)
+    between, inner, flat = _between(mask, values)
   if len(values) > _KEPT:  # too many in any case: keep the frequent ones
     most = np.sort(np.argsort(-counts, kind='stable')[:_KEPT])
-    values, counts, between = values[most], counts[most], between[most]
-  return Seen(name, mask._replace(values=values), counts, between, flat)
+    values, counts = values[most], counts[most]
+    between, inner = between[most], inner[most]
+  return Seen(name, mask._replace(values=values), counts, between, inner, flat)
 
 
 def _count(values):
@@ -340,17 +346,17 @@ def _count(values):
 
 
 def _between(mask, found):
-  """Looks where values lie: (pixels of each in `found`, flat ones).
+  """Looks where values lie: pixels of each in `found`, twice, and flat ones.
 
   The first lie between their neighbours, in every channel that changes there:
-  so does what smoothing makes of an edge. For flat ones see `Seen`.
+  so does what smoothing makes of an edge. For the others see `Seen`.
   """
-  blends, flat = np.zeros(len(found), np.int64), 0
+  counts, flat = np.zeros((2, len(found)), np.int64), 0
   values = np.pad(mask.values, 1, mode='edge')
-  rows = max(1, (1 << 20) // values.shape[1])
+  rows = max(1, _PART // values.shape[1])
   for top in range(0, len(mask.values), rows):
     part = values[top : top + rows + 2]
-    between, changes = True, False
+    between, same = True, True
     drawn = mask.palette[part] if mask.kind == 'index' else part
     shifts = (0,) if mask.kind == 'grey' else (16, 8, 0)
     for shift in shifts:
@@ -359,14 +365,16 @@ def _between(mask, found):
       high = ndimage.maximum_filter(channel, 3)
       inside = (low < channel) & (channel < high)
       between &= inside | (low == high)
-      changes |= inside
+      same &= low == high
       if mask.lossy and mask.kind == 'grey':
         even = (channel >= 48) & (channel < 208)
         even &= high.astype(np.int16) - low <= 24
         flat += int(even[1:-1, 1:-1].sum())
-    of = part[1:-1, 1:-1][(between & changes)[1:-1, 1:-1]]
-    np.add.at(blends, np.searchsorted(found, of), 1)
-  return blends, flat
+    for i, where in enumerate((between & ~same, same)):
+      of = part[1:-1, 1:-1][where[1:-1, 1:-1]]
+      at = np.searchsorted(found, of)
+      counts[i] += np.bincount(at, minlength=len(found))
+  return *counts, flat
 
 
 # ---------------------------------------------------- what mask values mean
@@ -401,14 +409,14 @@ def decide(seen, listed):
   steps = {x.mask.step for x in used}
   # Files of 2 or 4 bits that are alike hold labels, among others grey values.
   step = steps.pop() if len(steps) == 1 and kind == 'grey' else 1
-  found = _Found({}, collections.Counter(), {}, used)
+  found = _Found({}, collections.Counter(), collections.Counter(), {}, used)
   for one in seen:
     values = _view(one.mask, kind, step).tolist()
-    for value, count, between in zip(
-      values, one.counts.tolist(), one.between.tolist(), strict=True
-    ):
+    counts = (x.tolist() for x in (one.counts, one.between, one.inner))
+    for value, count, between, inner in zip(values, *counts, strict=True):
       found.total[value] = found.total.get(value, 0) + count
       found.between[value] += between
+      found.inner[value] += inner
       found.where.setdefault(value, one.name)
   decide = _colours if kind == 'colour' else _values
   coding = decide(kind, found, listed)
@@ -425,26 +433,31 @@ def decide(seen, listed):
 class _Found(typing.NamedTuple):
   """The values of all masks in one view.
 
-  total: pixels of each. between: those that blends would give. where: a file
-  that has it. used: the Seen that are not empty.
+  total: pixels of each. between and inner: see `Seen`. where: a file that has
+  it. used: the Seen that are not empty.
   """
 
   total: dict
   between: collections.Counter
+  inner: collections.Counter
   where: dict
   used: list
 
-  def are_few(self, blends):
-    """Whether blends have fewer pixels than what they may be the edges of."""
-    edges = sum(self.total[value] for value in blends)
-    return 2 * edges < sum(self.total.values()) - self.total.get(0, 0)
-
   def blends(self):
-    """The values that are nothing but blends of others."""
-    return [
+    """The values that are nothing but blends, of areas of other values."""
+    made = [
       value
       for value, count in self.total.items()
       if value and self.between[value] >= _EDGE * count
+    ]
+    return made if self.areas(made) else []
+
+  def areas(self, blends):
+    """The values, but for blends, that fill some area and not lines only."""
+    return [
+      value
+      for value, count in self.inner.items()
+      if value and count >= _SOME and value not in blends
     ]
 
 
@@ -592,10 +605,10 @@ def _values(kind, found, listed):
   if lossy or (many and not is_map):
     return _soft(found, listed, lossy)
   blends = found.blends() if kind == 'grey' else []
-  if blends and not is_map:
+  if blends and not (is_map and (names or len(blends) == 1)):
+    if is_map and len(blends) <= _FEW:  # they may be nested outlines
+      raise _smooth_error(found, blends)
     return _smoothed(found, listed, blends)
-  if len(blends) > 1 and not names and found.are_few(blends):
-    raise _smooth_error(found, blends)
   if kind == 'index' or is_map:
     return _label_map(kind, values, rest, found, listed)
   if listed and listed.order[-1] == 255 and 255 in values:
@@ -703,10 +716,11 @@ def _by_value(kind, found, listed):
     table.setdefault(255, 255)
   odd = [v for v in sorted(found.total) if v not in table]
   if odd and names:
+    count = len(found.total.keys() - {0})
     raise ValueError(
       f'{listed.file} names {len(names)} classes of the values '
-      f'{download.few(listed.table)}, but the masks hold '
-      f'{len(found.total.keys() - {0})} values besides 0, also {download.few(odd)} (in {found.where[odd[0]]})'
+      f'{download.few(listed.table)}, but the masks hold {count} '
+      f'values besides 0, also {download.few(odd)} (in {found.where[odd[0]]})'
     )
   if odd:  # it only says what is no class
     names = tuple(f'value{v}' for v in odd) if odd[1:] else ('foreground',)
@@ -740,7 +754,7 @@ def _soft(found, listed, lossy):
     what = f'{len(total)} grey values, as in {found.where[max(total)]}'
   flat = sum(x.flat for x in found.used)
   binary = low and high and low + high >= 0.9 * pixels and max(total) <= 255
-  if binary and flat > max(_FLAT * high, _SOME):
+  if binary and flat > max(_FLAT * high, 16):
     one = max(found.used, key=lambda x: x.flat).name
     raise ValueError(
       f'masks hold {what}, and grey areas beside black and white ({flat} '
@@ -749,7 +763,7 @@ def _soft(found, listed, lossy):
     )
   if not binary:
     blends = found.blends()
-    if blends and found.are_few(blends) and not lossy:
+    if blends and not lossy:
       return _smoothed(found, listed, blends)
     common = [
       v for v, _ in sorted(total.items(), key=lambda x: (-x[1], x[0]))[:5]
@@ -772,18 +786,15 @@ def _soft(found, listed, lossy):
 
 def _smoothed(found, listed, blends):
   """Masks of one value whose edges were smoothed: binary, or a ValueError."""
-  total = found.total
-  most = max(total, key=lambda v: (total[v] - found.between[v]) * (v != 0))
-  near = most // 8  # what smoothing leaves around black and around the value
-  others = [
+  areas = found.areas(blends)
+  most = areas[0]
+  # Some ways to enlarge go beyond what is on both sides of an edge.
+  beyond = [
     v
-    for v, n in total.items()
-    if v not in (0, most)
-    and v not in blends
-    and n >= _SOME
-    and not (v <= near or abs(v - most) <= near)
+    for v in found.total
+    if v not in (0, most, *blends) and min(v, abs(v - most)) > 0.3 * most
   ]
-  if others or len(blends) < 2 or max(total) > most + near:
+  if len(areas) > 1 or len(blends) < 2 or beyond:
     raise _smooth_error(found, blends)
   names = _fit(listed, 1, f'hold {most} with soft edges')
   names = names or ('foreground',)
@@ -824,10 +835,10 @@ def _colours(kind, found, listed):
   )
   if stated and listed.names:
     if new:
+      count, some = len(total.keys() - {0}), download.few(map(_unpack, new))
       raise ValueError(
         f'{listed.file} names {len(listed.names)} classes, but the masks hold '
-        f'{len(total.keys() - {0})} colours besides black, also {download.few(map(_unpack, new))} (in '
-        f'{where[new[0]]})'
+        f'{count} colours besides black, also {some} (in {where[new[0]]})'
       )
     return Coding(kind, 1, listed.names, table, _listed_palette(listed))
   lossy = [x.name for x in found.used if x.mask.lossy]

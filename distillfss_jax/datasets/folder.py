@@ -235,6 +235,14 @@ class Layout:
     """Finds all and decides what the masks mean, which `made` is told."""
     self._files, self._turned, self._good = files, set(), set()
     place = _find(files)
+    if place.warning:
+      logging.warning(place.warning)
+    logging.info(
+      'images are %s..., %s %s...',
+      min(place.images),
+      place.kind,
+      min(place.labels),
+    )
     self.top = place.top
     self.images, self.keys = _images(place)
     self.ids = sorted(self.images)
@@ -380,6 +388,7 @@ class _Place(typing.NamedTuple):
   labels: tuple
   of_labels: str
   other: tuple = ()
+  warning: str = ''
 
   @property
   def prefix(self):
@@ -466,12 +475,14 @@ def _place(files, top, prefix, inside):
     labels = tuple(x for x in inside[masks[0]] if _is_image(x))
     if not labels:
       raise _unread(of_labels, inside[masks[0]])
-    if coco == f'{prefix}{_COCO}':
-      logging.warning('%s is not used: there is %s', _COCO, masks[0])
-    return here._replace(kind='masks', labels=labels, of_labels=of_labels)
+    said = f'{_COCO} is not used: there is {masks[0]}'
+    return here._replace(
+      kind='masks',
+      labels=labels,
+      of_labels=of_labels,
+      warning=said * (coco == f'{prefix}{_COCO}'),
+    )
   if coco:
-    if coco != f'{prefix}{_COCO}':
-      logging.info('%s is taken for a list of COCO', coco)
     return here._replace(kind='coco', labels=(coco,))
   keys = {_key(x, here.of_images) for x in images}
   for folder in (within, *sorted(inside)):
@@ -487,9 +498,6 @@ def _place(files, top, prefix, inside):
       if labels and not (folder == '' and set(labels) <= _lists(prefix)):
         return here._replace(kind=kind, labels=labels, of_labels=start)
   if pairs_ := _beside(images, here.of_images):
-    logging.info(
-      'masks lie beside the images, as %s for %s', *reversed(pairs_[0])
-    )
     return here._replace(
       images=tuple(x for x, _ in pairs_),
       kind='masks',
