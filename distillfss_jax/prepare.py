@@ -12,11 +12,22 @@ import time
 
 import numpy as np
 from absl import app, flags, logging
+from PIL import Image
 
 from distillfss_jax import datasets
-from distillfss_jax.data import augment, episodes, pipeline
+from distillfss_jax.data import (
+  augment,
+  download,
+  episodes,
+  notes,
+  pipeline,
+  prepared,
+)
 from distillfss_jax.workdir import pictures
 
+# What a dataset's `prepare` may take.
+_OPTIONS = ('skip_bad', 'split', 'name', 'unknown', 'meaning', 'group_by')
+_CLASSES = 60  # on the sheet of classes, a picture each
 _SHOWN, _SIZE = 10, 192  # images of each split on a contact sheet; pixels
 
 
@@ -49,12 +60,64 @@ def run(dataset, raw, data_dir, **options):
   print(f'{name}: {counts} images in {place}, {seconds:.0f} s.')
   if hasattr(module, 'summary'):
     print(module.summary(manifest))
+  else:
+    for note in notes.notes(manifest):
+      print(f'  note: {note}')
+  print(f'look: {show_classes(manifest, data_dir)}, a picture of each class.')
+  if str(data_dir) != 'data':
+    print(f'main finds it with --config.data.args.data_dir={data_dir}')
 
 
 def _check_takes(dataset, function, options):
   known = inspect.signature(function).parameters
   if strange := [f'--{name}' for name in options if name not in known]:
     raise ValueError(f'{dataset} does not take {", ".join(strange)}')
+
+
+def show_classes(manifest, data_dir):
+  """Writes a sheet of what each label is taken to mean; returns its path.
+
+  Of each class the image that has most of it, cut to where it lies; of many
+  classes the first.
+  """
+  place = pathlib.Path(data_dir).expanduser() / manifest['name']
+  path = next(place.glob(f'*/{prepared.MANIFEST}'))
+  names, palette = manifest['classes'], manifest['palette']
+  source = prepared.Prepared(path.parent, manifest['records'], len(names))
+  shares = source.areas / source.sizes.astype(np.int64).prod(1, keepdims=True)
+  images, labels, captions = [], [], []
+  for label, name in enumerate(names[:_CLASSES], 1):
+    i = int(shares[:, label - 1].argmax())
+    if not shares[i, label - 1]:
+      continue
+    record = source[i]
+    box = _around(record['label'] == label)
+    part = np.where(record['label'][box] == label, np.uint8(label), 0)
+    size = (_SIZE, _SIZE)
+    images.append(
+      np.asarray(Image.fromarray(record['image'][box]).resize(size))
+    )
+    part = Image.fromarray(part).resize(size, Image.Resampling.NEAREST)
+    labels.append(np.asarray(part))
+    captions.append(f'{label} {name}\n{record["id"]}')
+  path = place / 'classes.png'
+  sheet = pictures.support_panel(
+    images, labels, names=captions, palette=palette
+  )
+  pictures.save(path, sheet)
+  return path
+
+
+def _around(mask):
+  """The square around what a mask has, with as much beside it: two slices."""
+  box = []
+  spans = [np.flatnonzero(mask.any(axis)) for axis in (1, 0)]
+  side = max([2 * (x[-1] - x[0] + 1) for x in spans] + [64])
+  for found, most in zip(spans, mask.shape, strict=True):
+    first = (found[0] + found[-1] + 1 - side) // 2
+    first = int(np.clip(first, 0, max(0, most - side)))
+    box.append(slice(first, first + side))
+  return tuple(box)
 
 
 def show(dataset, data_dir, **options):
@@ -156,10 +219,9 @@ def main(argv):
     if len(argv) > 1:
       raise ValueError(f'what is {argv[1:]}? Options are --dataset, --raw, ...')
     options = {
-      name: values[name].value
-      for name in ('skip_bad', 'split', 'name', 'unknown')
-      if values[name].value
+      name: values[name].value for name in _OPTIONS if values[name].value
     }
+    download.allow(values.max_megapixels)
     if values.raw or not values.show:
       run(values.dataset, values.raw, values.data_dir, **options)
     if values.show:
@@ -183,6 +245,14 @@ def define_flags():
   flags.DEFINE_string('split', None, 'Rule that divides train and test.')
   flags.DEFINE_string('name', None, "What to call a folder's dataset.")
   flags.DEFINE_string('unknown', None, "DeepGlobe's black: void | reference.")
+  flags.DEFINE_string('meaning', None, 'File that says what masks mean.')
+  flags.DEFINE_string(
+    'group_by', None, 'Regular expression that finds the group of an image.'
+  )
+  flags.DEFINE_alias('group-by', 'group_by')
+  flags.DEFINE_integer(
+    'max_megapixels', download.MEGAPIXELS, 'The largest picture to be read.'
+  )
   flags.DEFINE_bool('show', False, 'Write a contact sheet of what is there.')
   flags.DEFINE_bool('skip_bad', False, 'Leave out images with bad files.')
 

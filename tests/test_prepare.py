@@ -173,14 +173,14 @@ def test_threads_read_a_zip_each_for_itself(tmp_path, monkeypatch):
   """Two that read from one at once got each other's bytes on Python 3.12."""
   path, both, used = tmp_path / 'x.zip', threading.Barrier(2), []
   pack({'a': b'A', 'b': b'B'}, path, top='')
-  read = zipfile.ZipFile.read
+  whole = zipfile.ZipFile.open
 
   def together(self, name):
     both.wait(60)
     used.append(self)
-    return read(self, name)
+    return whole(self, name)
 
-  monkeypatch.setattr(zipfile.ZipFile, 'read', together)
+  monkeypatch.setattr(zipfile.ZipFile, 'open', together)
   with (
     download.Files(path, '') as files,
     concurrent.futures.ThreadPoolExecutor(2) as threads,

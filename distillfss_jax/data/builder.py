@@ -20,8 +20,9 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow_datasets as tfds
 
-from distillfss_jax.data import download, prepared
+from distillfss_jax.data import copies, download, prepared
 
+_PART = 1 << 20  # pixels that are looked at at a time
 SHARD = 1 << 29  # bytes of decoded images in a file of records
 
 
@@ -75,7 +76,11 @@ class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
       raise ValueError(
         prepared.unprepared(type(self), self.data_path.parents[1])
       )
+    self._digests = {}
     super()._download_and_prepare(*args, **kwargs)
+    for row in self.manifest['records']:
+      row['stored'] = self._digests[row['split'], row['index']]
+    self.manifest['seal'] = prepared.seal(self.manifest)
     (self.data_path / prepared.MANIFEST).write_text(
       json.dumps(self.manifest, indent=1)
     )
@@ -101,9 +106,11 @@ class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     encoded = download.ahead(
       lambda one: one.image(), checked, lambda one: one.whole
     )
-    for i, (one, image) in enumerate(zip(checked, encoded, strict=True)):
+    numbered = enumerate(zip(checked, encoded, strict=True), first)
+    for i, (one, image) in numbered:
+      self._digests[split, i] = prepared.digest(one.id, image, one.label)
       yield (
-        first + i,
+        i,
         {
           'image': io.BytesIO(image),
           'label': io.BytesIO(one.label),
@@ -142,7 +149,11 @@ class Checked:
   label: bytes  # PNG
   size: tuple[int, int]
   areas: dict[int, int]  # pixels of the labels that occur, but 0 and void
+  void: int  # pixels
+  edges: dict[int, int]  # of `areas`, pixels that only part two other labels
   digest: str  # of the image's pixels; '' where all are alike
+  mask: str  # digest of the label; '' where it has no class
+  look: np.ndarray  # see `copies`
   whole: str  # the file that it is cut from, or its id
 
 
@@ -166,16 +177,22 @@ def check(layout, *, skip_bad):
       made = layout.label(id_, pixels.shape[:2])
     except download.BadFileError as error:
       return str(error)
-    counts = np.bincount(made.ravel(), minlength=256)
+    counts = download.count(made)
     areas = {int(v): int(counts[v]) for v in np.flatnonzero(counts[1:255]) + 1}
-    digest = ''
-    if (pixels != pixels[0, 0]).any():
-      raw = np.ascontiguousarray(pixels)
-      digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
-    read = functools.partial(encoded, id_)
-    size = pixels.shape[:2]
+    raw = np.ascontiguousarray(pixels)
+    blank = not any((x != pixels[0, 0]).any() for x in download.strips(pixels))
     return Checked(
-      id_, read, download.png(made), size, areas, digest, whole(id_)
+      id_,
+      functools.partial(encoded, id_),
+      download.png(made),
+      pixels.shape[:2],
+      areas,
+      int(counts[255]),
+      _edges(made) if len(areas) > 1 else dict.fromkeys(areas, 0),
+      '' if blank else _digest(raw),
+      _digest(np.ascontiguousarray(made)) if areas else '',
+      copies.look(pixels),
+      whole(id_),
     )
 
   ids = layout.ids
@@ -196,7 +213,44 @@ def check(layout, *, skip_bad):
     )
   if not good:
     raise ValueError(f'none of the {len(ids)} images can be used')
+  if not any(one.areas for one in good):
+    raise ValueError(
+      f'none of the {len(good)} images has a pixel of a class in its mask: '
+      'there is nothing to learn'
+    )
   return good, bad
+
+
+def _digest(array):
+  return hashlib.blake2b(array, digest_size=16).hexdigest()
+
+
+def _edges(label):
+  """Counts the pixels of each class that part two others: {label: pixels}.
+
+  They lie within two pixels of two other labels, as the soft edges of objects
+  do, or their painted outlines. Void is no label here.
+  """
+  found = np.zeros(256, np.int64)
+  steps = [(0, 1), (1, 0), (0, 2), (2, 0), (2, 2), (2, -2)]
+  steps += [(-y, -x) for y, x in steps]
+  # A row of strips with two more rows on each side; void is 0, background 1.
+  padded = np.pad(label + np.uint8(1), 2, mode='edge')
+  height, width = label.shape
+  rows = max(1, _PART // width)
+  for top in range(0, height, rows):
+    end = min(top + rows, height)
+    here = padded[top + 2 : end + 2, 2:-2]
+    high = np.zeros_like(here)
+    low = np.full_like(here, 255)
+    for y, x in steps:
+      there = padded[top + 2 + y : end + 2 + y, 2 + x : 2 + x + width]
+      other = np.where(there == here, 0, there)
+      np.maximum(high, other, out=high)
+      np.minimum(low, np.where(other, other, 255), out=low)
+    parts = here[(low < high) & (high > 0)]
+    found += np.bincount(parts - np.uint8(1), minlength=256)
+  return {int(v): int(found[v]) for v in np.unique(label) if 0 < v < 255}
 
 
 def prepare(builder, layout, raw, data_dir, *, skip_bad=False, **options):
@@ -215,7 +269,7 @@ def prepare(builder, layout, raw, data_dir, *, skip_bad=False, **options):
       `top`, its files lie, and raises ValueError where nothing of its form is
       there. Its methods are called by several threads. Those that follow each
       other of one file, `whole(id)`, are left to one of them, which may keep
-      it.
+      it. What it puts into a dict `said` is for the manifest.
     raw: the folder or zip.
     data_dir: folder of all prepared datasets.
     skip_bad: leave out images with a bad file instead of failing. The others
@@ -262,7 +316,9 @@ def prepare(builder, layout, raw, data_dir, *, skip_bad=False, **options):
         'left out, and both train and test images are needed: '
         f'{builder.DOWNLOAD}'
       )
-    return write(builder, data_dir, splits, skipped, options), True
+    near = copies.near(splits)
+    said = {**getattr(found, 'said', {}), 'near': near}
+    return write(builder, data_dir, splits, skipped, options, said), True
 
 
 def _check_options(place, were, options):
@@ -323,7 +379,7 @@ def _drop_copies(name, splits):
   return copies
 
 
-def write(builder, data_dir, splits, skipped, options):
+def write(builder, data_dir, splits, skipped, options, said=None):
   """Writes checked images as ArrayRecord, all of them or nothing.
 
   Records and manifest are made in a folder of another name that is renamed
@@ -335,6 +391,7 @@ def write(builder, data_dir, splits, skipped, options):
     splits: dict of split name -> list of Checked, none empty.
     skipped: dict of left out id -> reason, for the manifest.
     options: what the records depend on, for the manifest.
+    said: what else the manifest is to say, a dict.
 
   Returns:
     The manifest, a dict.
@@ -351,6 +408,8 @@ def write(builder, data_dir, splits, skipped, options):
       'size': list(one.size),
       'present': list(one.areas),
       'areas': list(one.areas.values()),
+      'edges': [one.edges[label] for label in one.areas],
+      'void': one.void,
       'digest': one.digest,
     }
     for split, checked in splits.items()
@@ -366,6 +425,7 @@ def write(builder, data_dir, splits, skipped, options):
     'options': options,
     'records': rows,
     'skipped': skipped,
+    **(said or {}),
   }
   with (
     tempfile.TemporaryDirectory() as nothing,  # for downloads of TFDS: none

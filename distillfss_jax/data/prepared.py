@@ -1,7 +1,13 @@
-"""Reading what was prepared: records, and the manifest beside them."""
+"""Reading what was prepared: records, and the manifest beside them.
+
+Both may be damaged after they were written: the manifest carries a digest of
+itself and of every record, which are compared when they are read.
+"""
 
 import functools
+import hashlib
 import json
+import logging
 import pathlib
 from collections.abc import Sequence
 
@@ -65,27 +71,105 @@ def folder(builder, data_dir):
   return root / builder.name / str(builder.VERSION)
 
 
-def unprepared(builder, data_dir):
-  """Says what to do when the records are not there."""
+def unprepared(builder, data_dir, dataset=''):
+  """Says what to do when the records are not there.
+
+  Args:
+    builder: subclass of SegmentationBuilder.
+    data_dir: where they were looked for.
+    dataset: what `prepare` is to be told, if not the builder's name.
+  """
   return (
     f'{builder.name} is not prepared in {str(data_dir)!r}: run python -m '
-    f'distillfss_jax.prepare --dataset {builder.name} --raw <folder or zip> '
-    f'--data_dir {data_dir}'
+    f'distillfss_jax.prepare --dataset {dataset or builder.name} --raw '
+    f'<folder or zip> --data_dir {data_dir}; if it lies elsewhere, say where '
+    'with --config.data.args.data_dir'
   )
 
 
 def manifest(builder, data_dir):
-  """Reads the manifest of a prepared dataset, or None where there is none."""
+  """Reads the manifest of a prepared dataset, or None where there is none.
+
+  Raises:
+    ValueError: it is damaged, or of an older version.
+  """
   path = folder(builder, data_dir) / MANIFEST
-  if not path.is_file():
-    return None
-  made = json.loads(path.read_text())
+  return read(path) if path.is_file() else None
+
+
+def read(path):
+  """Reads a manifest file; ValueError where it is damaged."""
+  try:
+    made = json.loads(path.read_text())
+    if not isinstance(made, dict):
+      raise TypeError('it is no object')
+    if 'options' in made:
+      _check(made)
+  except Exception as error:
+    raise _damaged(path.parent, f'{path.name}: {download.reason(error)}') from (
+      error
+    )
   if 'options' not in made:
     raise ValueError(
       f'{path.parent} was prepared by an older version: remove the folder and '
       'prepare it again'
     )
   return made
+
+
+def seal(made):
+  """The digest of a manifest, hex, which tells its data from all others."""
+  rest = {key: value for key, value in made.items() if key != 'seal'}
+  text = json.dumps(rest, sort_keys=True)
+  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def digest(id_, image, label):
+  """The digest of a record, hex, from its id and both files as they lie."""
+  made = hashlib.blake2b(f'{id_}\0{len(image)}\0'.encode(), digest_size=8)
+  made.update(image)
+  made.update(label)
+  return made.hexdigest()
+
+
+def _check(made):
+  """Raises an error of any kind where a manifest is not as it was written."""
+  if made.get('seal', '') not in ('', seal(made)):
+    raise ValueError('it is not as it was written')
+  ways = len(made['classes'])
+  if len(made['palette']) != ways + 1 or not isinstance(made['skipped'], dict):
+    raise ValueError('it has not a colour for each class, or no skipped')
+  # What an older version wrote has no seal.
+  there = {}
+  for row in made['records']:
+    there.setdefault(row['split'], []).append(row['index'])
+    height, width = row['size']
+    if not (
+      isinstance(row['id'] + row['digest'], str)
+      and min(height, width) > 0
+      and len(row['present']) == len(row['areas'])
+      and all(0 < label <= ways for label in row['present'])
+    ):
+      raise ValueError(f'the row of {row["id"]} says what cannot be')
+  for split, indices in there.items():
+    if sorted(indices) != list(range(len(indices))):
+      raise ValueError(f'its rows of {split} are not numbered 0, 1, ...')
+
+
+def _damaged(place, why):
+  return ValueError(
+    f'{place} is damaged ({why}): remove the folder and prepare it again with '
+    'python -m distillfss_jax.prepare'
+  )
+
+
+@functools.cache
+def _say_unchecked(place):
+  logging.info(
+    '%s was prepared by an older version: its records have no digests and are '
+    'not checked when they are read',
+    place,
+  )
 
 
 class Prepared(Sequence):
@@ -105,6 +189,9 @@ class Prepared(Sequence):
     for i, row in enumerate(rows):
       self.areas[i, np.array(row['present'], int) - 1] = row['areas']
     self.present = self.areas > 0
+    self._digests = tuple(row.get('stored') for row in rows)
+    if None in self._digests:
+      _say_unchecked(self._place)
 
   @functools.cached_property
   def _sources(self):
@@ -125,15 +212,25 @@ class Prepared(Sequence):
 
   def __getitem__(self, i):
     split, index = self._where[i]
-    record = self._sources[split][index]
-    found = record['id'].decode()
+    where = f'record {index} of {split}'
+    try:
+      record = self._sources[split][index]
+      found = record['id'].decode()
+      image, label = record['image'], record['label']
+    except Exception as error:  # TFDS and its files raise errors of any kind
+      raise _damaged(
+        self._place, f'{where}: {download.reason(error)}'
+      ) from error
     if found != self.ids[i]:
-      raise ValueError(
-        f'{self._place} is damaged: record {index} of {split} is {found}, its '
-        f'manifest says {self.ids[i]}; remove the folder and prepare it again'
+      raise _damaged(
+        self._place, f'{where} is {found}, the manifest says {self.ids[i]}'
       )
+    if self._digests[i] not in (None, digest(found, image, label)):
+      raise _damaged(self._place, f'{where}, {found}, is not as it was written')
+    # What was prepared may be as large as it is.
+    decode = functools.partial(download.decode, limited=False)
     return {
-      'image': download.decode(record['image'], f'image of {found}', 'RGB'),
-      'label': download.decode(record['label'], f'label of {found}', 'L'),
+      'image': decode(image, f'image of {found}', 'RGB'),
+      'label': decode(label, f'label of {found}', 'L'),
       'id': found,
     }

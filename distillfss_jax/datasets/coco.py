@@ -15,17 +15,21 @@ labels are painted without the other instances, are not among them.
 """
 
 import collections
-import io
-import json
 import logging
 import re
 import typing
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
-from distillfss_jax.data import builder, core, download, masks, prepared
+from distillfss_jax.data import (
+  builder,
+  core,
+  download,
+  forms,
+  masks,
+  prepared,
+)
 
 SPLITS = ('2014', '2017')  # the same images, divided otherwise
 FOLDS = 4
@@ -248,7 +252,7 @@ class Layout:
     """Makes the rows {id: _Row} of a JSON file."""
     name = f'{self.top}annotations/instances_{folder}.json'
     self._painter = masks.Painter(name)
-    images, self._labels, instances = _read(name, self._files.read(name))
+    images, self._labels, instances = _read(name, self._files)
     rows = {}
     for number, of in instances.items():
       # Where the list has no such image, there is no such file.
@@ -321,12 +325,12 @@ class Layout:
 
 def _indices(contents, name):
   """Decodes a PNG of labels, grey or with any palette, uint8 [H, W]."""
-  label = download.decode(contents, name, 'P')
-  mode = Image.open(io.BytesIO(contents)).mode
-  if mode not in ('L', 'P'):
-    raise download.BadFileError(
-      f'{name}: has no single channel of 8 bits ({mode})'
-    )
+  with download.picture(contents, name) as (found, _):
+    if found.mode not in ('L', 'P'):
+      raise download.BadFileError(
+        f'{name}: has no single channel of 8 bits ({found.mode})'
+      )
+    label = download.pixels(found)
   wrong = np.setdiff1d(label, (*range(len(_NAMES) + 1), 255))
   if wrong.size:
     raise download.BadFileError(f'{name}: value {wrong[0]} is no label of COCO')
@@ -344,24 +348,35 @@ def _compact(found):
   return _Instance(found.get('id'), image, category, form)
 
 
-def _read(name, contents):
+def _read(name, files):
   """({number: (file name, size)}, {category: label}, {number: instances})."""
   try:
-    said = json.loads(contents, object_hook=_compact)
-    images = {
-      x['id']: (x['file_name'], (x['height'], x['width']))
+    said = files.json(name, _compact)
+    listed = [
+      (forms.identity(x['id']), forms.word(x['file_name']), x)
       for x in said['images']
+    ]
+    images = {
+      number: (file_name, (x['height'], x['width']))
+      for number, file_name, x in listed
     }
-    categories = {x['id']: x['name'] for x in said['categories']}
+    named = [
+      (forms.identity(x['id']), forms.word(x['name']))
+      for x in said['categories']
+    ]
+    categories = dict(named)
     instances = collections.defaultdict(list)
     for one in said['annotations']:
-      instances[one.image].append(one)
+      forms.identity(one.category)
+      instances[forms.identity(one.image)].append(one)
     order = sorted(categories)
   except (ValueError, LookupError, TypeError, AttributeError) as error:
     raise ValueError(
       f'{name} is no COCO file of instances ({type(error).__name__}: '
       f'{error!s:.100}): {Coco.DOWNLOAD}'
     ) from error
+  forms.refuse_twice(name, 'image', [x[:2] for x in listed])
+  forms.refuse_twice(name, 'category', named)
   if tuple(categories[i] for i in order) != _NAMES:
     raise ValueError(
       f'{name}: its {len(order)} categories are not the 80 of COCO; is it the '

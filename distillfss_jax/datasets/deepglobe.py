@@ -134,7 +134,7 @@ class Layout:
       )
     if split_name == 'drawn' or not place:
       return None
-    found = _LISTED.findall(self._files.read(place).decode('utf-8', 'replace'))
+    found = _LISTED.findall(self._files.text(place, 'replace'))
     return list(dict.fromkeys('_'.join(pair) for pair in found))
 
   def split(self, ids):

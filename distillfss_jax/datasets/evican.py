@@ -15,13 +15,13 @@ images, easy to difficult, have no part in it and are passed over.
 """
 
 import collections
-import json
+import logging
 import typing
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from distillfss_jax.data import builder, download, masks, prepared
+from distillfss_jax.data import builder, download, forms, masks, prepared
 
 SPLITS = ('published',)
 _PARTS = {'train': 'train', 'test': 'val'}  # ours: the owners'
@@ -105,7 +105,7 @@ class Layout:
 
   def _list(self, part, name, folder):
     """Makes the rows of a part."""
-    images, instances = _read(name, self._files.read(name))
+    images, instances = _read(name, self._files)
     for number, (file_name, size) in images.items():
       id_ = f'{part}/{file_name}'
       if id_ in self._rows:
@@ -149,7 +149,7 @@ class Layout:
     for number, value, form in row.instances:
       try:
         label[self._decode(form, size)] = value
-      except (ValueError, TypeError) as error:
+      except (ValueError, TypeError, OverflowError) as error:
         raise download.BadFileError(
           f'{row.path}: annotation {number} of {row.source} cannot be decoded '
           f'({error})'
@@ -180,17 +180,30 @@ class Layout:
     return made
 
 
-def _read(name, contents):
+def _read(name, files):
   """({number: (file name, (H, W))}, {number: instances}) of a list."""
   try:
-    said = json.loads(contents)
-    listed = said['images']
+    said = files.json(name)
+    listed = [
+      (forms.identity(x['id']), forms.word(x['file_name']), x)
+      for x in said['images']
+    ]
     images = {
-      x['id']: (x['file_name'], (x['height'], x['width'])) for x in listed
+      number: (file_name, (x['height'], x['width']))
+      for number, file_name, x in listed
     }
-    names = {x['id']: x['name'] for x in said['categories']}
+    named = [
+      (forms.identity(x['id']), forms.word(x['name']))
+      for x in said['categories']
+    ]
+    names = dict(named)
     made = [
-      (x['image_id'], x['category_id'], x['segmentation'], x.get('id'))
+      (
+        forms.identity(x['image_id']),
+        forms.identity(x['category_id']),
+        x['segmentation'],
+        x.get('id'),
+      )
       for x in said['annotations']
       if not x.get('iscrowd')
     ]
@@ -206,6 +219,9 @@ def _read(name, contents):
       f'{name}: category {strange[0]!r} is not one of {Evican.CLASSES}; is it '
       f'the right file? {Evican.DOWNLOAD}'
     )
+  forms.refuse_twice(name, 'category', named)
+  if crowds := len(said['annotations']) - len(made):
+    logging.info('%s: %d crowds are left out, as in the original', name, crowds)
   if len(images) < len(listed):
     raise ValueError(f'{name} gives one id to several images')
   instances = collections.defaultdict(list)

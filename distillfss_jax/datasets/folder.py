@@ -1,44 +1,66 @@
 """Folder: your own images and masks, as a dataset of any name.
 
     my_cells/             or a zip of it
-      images/             png, jpg, jpeg, bmp, tif, tiff, webp; subfolders too
+      images/             png, jpg, bmp, tif, webp, gif, ppm; subfolders too
       masks/              or labels/ or annotations/: the same names, or with
                           _mask, _label, _segmentation or the like appended
-      annotations.json    COCO polygons or RLE, in place of masks/
+      annotations.json    COCO polygons or RLE, in place of masks/; LabelMe's
+                          JSON or YOLO's txt files, one for each image, may be
       classes.txt         optional, a class a line: `name`, `value name` for
                           grey masks, `r g b name` for colour masks
       train.txt test.txt  optional, an id a line; without them 20 % are test
+      groups.txt          optional, `id group` a line: a group is not divided
 
 What the masks mean is decided over all of them together, see `mask_meaning.py`,
 and `summary` says what was found. The id of an image is its path below images/,
 with dots, without the suffix. Images are turned as their EXIF orientation says,
-which is how one sees them in a viewer.
+which is how one sees them in a viewer. docs/own-images.md has all of it.
 """
 
 import collections
 import contextlib
 import hashlib
-import io
-import json
 import logging
 import pathlib
 import re
+import typing
+import zlib
 
-import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image, ImageOps
+import yaml
 from tqdm import tqdm
 
 from distillfss_jax import datasets
-from distillfss_jax.data import builder, download, mask_meaning, masks, prepared
+from distillfss_jax.data import (
+  builder,
+  download,
+  forms,
+  mask_meaning,
+  notes,
+  pairs,
+  prepared,
+)
 
 SPLITS = ('files', 'held_out')
-_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
-_MASK_FOLDERS = ('masks', 'labels', 'annotations')
-_ENDINGS = ('_mask', '-mask', '_segmentation', '_label', '_gt')
-_ENDING = re.compile(rf'(.+)(?:{"|".join(_ENDINGS)})', re.IGNORECASE)
+_SUFFIXES = (
+  '.png', '.jpg', '.jpeg', '.jfif', '.bmp', '.tif', '.tiff', '.webp', '.gif',
+  '.ppm', '.pgm', '.pbm', '.pnm',
+)  # fmt: skip
+_TEXTS = ('.txt', '.json', '.xml', '.csv', '.yaml', '.yml', '.md')
+_IMAGE_FOLDERS = ('images', 'image', 'imgs', 'img', 'imagestr', 'jpegimages')
+_MASK_FOLDERS = (
+  'masks', 'mask', 'labels', 'label', 'annotations', 'annotation',
+  'segmentations', 'segmentation', 'labelstr', 'segmentationclass', 'gt',
+)  # fmt: skip
 _COCO = 'annotations.json'
+_COCOS = (
+  _COCO, '_annotations.coco.json', 'instances_default.json',
+  'annotations/instances_default.json', 'coco.json', 'result.json',
+)  # fmt: skip
+_LISTS = ('classes.txt', 'train.txt', 'test.txt', 'groups.txt')
 _KEPT_AS_IT_IS = (b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n')  # JPEG, PNG
+
+summary = notes.summary
 
 
 class Folder(builder.SegmentationBuilder, skip_registration=True):
@@ -54,11 +76,16 @@ class Folder(builder.SegmentationBuilder, skip_registration=True):
   )
 
 
-def builder_of(name):
-  """Makes the builder class of one folder; ValueError where `name` is bad."""
+def builder_of(name, given='--name is not given'):
+  """Makes the builder class of one folder; ValueError where `name` is bad.
+
+  Args:
+    name: of the dataset.
+    given: what to say where there is none.
+  """
   if not name:
-    raise ValueError('--name is not given: how shall the dataset be called?')
-  if not re.fullmatch('[a-z][a-z0-9_]*', name):
+    raise ValueError(f'{given}: how shall the dataset be called?')
+  if not re.fullmatch('[a-z][a-z0-9_]*', str(name)):
     raise ValueError(
       f'--name {name!r} must be small letters, digits and _, and begin with a '
       'letter, as in my_cells'
@@ -79,21 +106,29 @@ def load(data_dir='data', name=None):
   Raises:
     FileNotFoundError: when it was not prepared.
   """
-  made = builder_of(name)
+  made = builder_of(
+    name,
+    'the name of the prepared folder is not given (--config '
+    'configs/folder.py:name=my_cells, or --name my_cells)',
+  )
   if prepared.manifest(made, data_dir) is None:
     raise FileNotFoundError(
-      f'{name} is not prepared in {str(data_dir)!r}: run python -m '
-      f'distillfss_jax.prepare --dataset folder --name {name} '
-      f'--raw <folder or zip> --data_dir {data_dir}'
+      prepared.unprepared(made, data_dir, f'folder --name {name}')
     )
   return prepared.load_prepared(made, data_dir)
 
 
-def prepare(raw, data_dir, *, name=None, split=None, skip_bad=False):
+def prepare(
+  raw,
+  data_dir,
+  *,
+  name=None,
+  split=None,
+  skip_bad=False,
+  meaning=None,
+  group_by=None,
+):
   """Turns the folder into ArrayRecord; see `builder.prepare`.
-
-  The manifest of a first call also has 'pixels', a count of each label, which
-  `summary` shows.
 
   Args:
     raw: the folder or zip.
@@ -101,26 +136,52 @@ def prepare(raw, data_dir, *, name=None, split=None, skip_bad=False):
     name: of the dataset that is made; has to be given.
     split: 'files' is train.txt and test.txt, 'held_out' a random 20 % for
       testing; None is 'files' where there are any.
-    skip_bad: leave out images with a bad file instead of failing.
+    skip_bad: leave out images with a bad file instead of failing; where only
+      some objects of COCO cannot be painted, their boxes become void.
+    meaning: a file that says what masks mean, in place of classes.txt.
+    group_by: regular expression that finds the group of an image in its id: its
+      first (...), or all that it matches. In place of groups.txt.
   """
   if split not in (None, *SPLITS):
     raise ValueError(f'split {split!r} is not one of {SPLITS}')
-  made, found, contents = builder_of(name), [], None
-
-  def layout(files):
-    found.append(Layout(files, made, split))
-    return found[0]
-
+  made, found = builder_of(name), []
+  done = prepared.manifest(made, data_dir)
+  lines = None if meaning is None else _lines_of(meaning)
+  options = {
+    'split': split,
+    'contents': None,
+    'meaning': None if lines is None else ' | '.join(lines),
+    'group_by': group_by,
+  }
+  stamp = ''
   if raw and pathlib.Path(raw).expanduser().exists():
     with download.Files(raw, Folder.DOWNLOAD) as files:
-      contents = _contents(files)
-  options = {'split': split, 'contents': contents}
-  manifest, new = builder.prepare(
+      options['contents'], stamp = _contents(files), _stamp(files)
+      # Files that nobody has written to since then are not read again, and what
+      # an older version prepared cannot be compared.
+      if done is None or (
+        'checksum' in done['options'] and stamp != done.get('stamp')
+      ):
+        options['checksum'] = _checksum(files)
+
+  def layout(files):
+    found.append(
+      Layout(files, made, split, (meaning, lines), group_by, skip_bad)
+    )
+    found[0].said['stamp'] = stamp
+    return found[0]
+
+  return builder.prepare(
     made, layout, raw, data_dir, skip_bad=skip_bad, **options
   )
-  if new:
-    manifest = {**manifest, 'pixels': found[0].pixels(manifest)}
-  return manifest, new
+
+
+def _lines_of(path):
+  path = pathlib.Path(path).expanduser()
+  with download.Files(path.parent, '') as files:
+    if path.name not in files.names:
+      raise ValueError(f'--meaning {path} does not exist')
+    return [line.strip() for line in files.text(path.name).splitlines()]
 
 
 def _contents(files):
@@ -133,51 +194,115 @@ def _contents(files):
   return f'{len(files.names)} files ({digest.hexdigest()})'
 
 
+def _stamp(files):
+  """When the files of a folder were written to, as a digest; '' for a zip."""
+  if files.root is None:
+    return ''
+  digest = hashlib.blake2b(digest_size=8)
+  for name in files.names:
+    found = (files.root / name).stat()
+    digest.update(f'{name}\0{found.st_size}\0{found.st_mtime_ns}\0'.encode())
+  return digest.hexdigest()
+
+
+def _checksum(files):
+  """Tells what the files hold: a repainted mask may be as large as before."""
+  found, sums = 0, download.ahead(files.checksum, files.names)
+  for one in download.bar(sums, 'reading', len(files.names)):
+    found = zlib.crc32(one.to_bytes(4, 'little'), found)
+  return f'{found:08x}'
+
+
 # ---------------------------------------------------------------- the layout
 
 
 class Layout:
   """images/ with masks/ or annotations.json, at the top or one folder down.
 
-  `images` and `keys` map ids to file names and to paths without suffix.
+  `images` and `keys` map ids to file names and to paths without suffix; `said`
+  is what the manifest says of what was found.
   """
 
-  def __init__(self, files, made, split=None):
+  def __init__(
+    self,
+    files,
+    made,
+    split=None,
+    meaning=(None, None),
+    group_by=None,
+    skip_bad=False,
+  ):
     """Finds all and decides what the masks mean, which `made` is told."""
-    self._files, self._counts, self._turned = files, {}, set()
-    self.top, folder, masks = _find_top(files)
-    prefix = f'{self.top}/' if self.top else ''
-    self.images, self.keys = _images(files, f'{prefix}{folder}/')
+    self._files, self._turned, self._good = files, set(), set()
+    place = _find(files)
+    if place.warning:
+      logging.warning(place.warning)
+    logging.info(
+      'images are %s..., %s %s...',
+      min(place.images),
+      place.kind,
+      min(place.labels),
+    )
+    self.top = place.top
+    self.images, self.keys = _images(place)
     self.ids = sorted(self.images)
     known = self._known()
-    self._parts = _parts(files, prefix, known, split)
-    name = f'{prefix}classes.txt'
-    lines = _text(files, name)
-    listed = None if lines is None else mask_meaning.parse_classes(lines, name)
-    if masks is None:
-      self._masks = Coco(files, f'{prefix}{_COCO}', known, self.images)
+    self._parts = _parts(files, place.prefix, known, split)
+    self._groups = _groups(files, place.prefix, known, self.ids, group_by)
+    listed = self._listed(place, *meaning)
+    if place.kind == 'masks':
+      self._labels = Masks(files, place, self.images, self.keys, listed)
+    elif place.kind == 'coco':
       if listed:
-        logging.warning('classes.txt is not used: %s names the classes', _COCO)
-    else:
-      self._masks = Masks(
-        files, f'{prefix}{masks}/', self.images, self.keys, listed
+        logging.warning(
+          '%s is not used: %s names the classes', listed.file, place.labels[0]
+        )
+      self._labels = forms.Coco(
+        files, place.labels[0], known, self.images, skip_bad
       )
-    made.CLASSES, made.PALETTE = self._masks.classes, self._masks.palette
+    else:
+      of = {key: id_ for id_, key in self.keys.items()}
+      texts = {
+        of[key]: name
+        for name in place.labels
+        if (key := _key(name, place.of_labels)) in of
+      }
+      if place.kind == 'labelme':
+        self._labels = forms.LabelMe(files, texts, self.images, listed)
+      else:
+        names = _yolo_names(files, place.prefix, listed)
+        self._labels = forms.Yolo(files, texts, self.images, names)
+    made.CLASSES, made.PALETTE = self._labels.classes, self._labels.palette
+    self.said = {
+      'meaning': list(self._labels.meaning),
+      'forms': _forms(place, self.images),
+    }
+    logging.info('masks are taken to mean: %s', ', '.join(self._labels.meaning))
+
+  def _listed(self, place, path, lines):
+    """What --meaning or classes.txt says, or None."""
+    name = f'{place.prefix}classes.txt'
+    if lines is not None:
+      if name in self._files.names:
+        logging.warning('%s is not used: %s is given', name, path)
+      return mask_meaning.parse_classes(lines, str(path))
+    lines = _text(self._files, name)
+    return None if lines is None else mask_meaning.parse_classes(lines, name)
 
   def _known(self):
     """What an image may be called in a list: {as written: id}."""
     known = {}
     for id_, name in self.images.items():
       key, suffix = self.keys[id_], pathlib.PurePosixPath(name).suffix
-      base = pathlib.PurePosixPath(name).parts[bool(self.top) :]
-      for text in (id_, key, id_ + suffix, key + suffix, '/'.join(base)):
-        known.setdefault(text, id_)
+      base = '/'.join(pathlib.PurePosixPath(name).parts[bool(self.top) :])
+      for text in (id_, key, id_ + suffix, key + suffix, base):
+        known.setdefault(download.plain(text), id_)
     return known
 
   def image(self, id_):
     """Reads the image of an id, uint8 [H, W, 3]."""
     name = self.images[id_]
-    pixels, turned = _decode_image(self._files.read(name), name)
+    pixels, turned = download.photo(self._files.read(name), name)
     if turned:
       self._turned.add(id_)
     return pixels
@@ -189,18 +314,21 @@ class Layout:
     # A photograph as PNG would take seven times the space.
     if contents.startswith(_KEPT_AS_IT_IS) and id_ not in self._turned:
       return contents
-    return download.png(_decode_image(contents, name)[0])
+    return download.png(download.photo(contents, name)[0])
 
   def label(self, id_, size):
-    """Reads the labels of an id, uint8 [H, W], and counts them."""
-    label = self._masks.label(id_, size)
-    self._counts[id_] = np.bincount(label.ravel(), minlength=256)
+    """Reads the labels of an id, uint8 [H, W]."""
+    try:
+      label = self._labels.label(id_, size)
+    except download.BadFileError as error:
+      if id_ not in self._turned:
+        raise
+      raise download.BadFileError(
+        f'{error} ({self.images[id_]} is turned as its EXIF orientation says: '
+        'its mask must be drawn on what a viewer shows)'
+      ) from error
+    self._good.add(id_)
     return label
-
-  def pixels(self, manifest):
-    """Counts the pixels of each label in a manifest's records."""
-    counts = sum(self._counts[row['id']] for row in manifest['records'])
-    return {i: int(counts[i]) for i in np.flatnonzero(counts).tolist()}
 
   def split(self, ids):
     """Divides the ids; ValueError where they are fewer than two."""
@@ -211,17 +339,32 @@ class Layout:
         len(self._turned),
         download.few(sorted(self._turned)),
       )
+    if self._labels.voided:
+      self.said['voided'] = dict(sorted(self._labels.voided.items()))
+    # Of the images that can be used: of many, few may have a mask yet.
+    ids = [i for i in ids if i in self._good]
+    group_of = {i: self._groups[i] for i in ids} if self._groups else None
+    if group_of:
+      self.said['groups'] = len(set(group_of.values()))
     if self._parts is not None:
       train, test = self._parts
+      if group_of:
+        _refuse_divided(group_of, train, test)
       return {'train': train, 'test': test}
-    # Of the images that can be used: of many, few may have a mask yet.
-    ids = [i for i in ids if i in self._counts]
     if len(ids) < 2:
       raise ValueError(
         f'{len(ids)} image is too few: one for train and one for test are the '
         'least'
       )
-    test = download.held_out(ids)
+    if group_of is None:
+      test = download.held_out(ids)
+    elif len(set(group_of.values())) > 1:
+      test = download.held_out_groups(group_of)
+    else:
+      raise ValueError(
+        f'all {len(ids)} images are of the group {group_of[ids[0]]!r}, which '
+        'cannot be divided: groups must be two or more'
+      )
     return {'train': sorted(set(ids).difference(test)), 'test': test}
 
 
@@ -229,25 +372,52 @@ def _is_image(name):
   return name.lower().endswith(_SUFFIXES)
 
 
-def _find_top(files):
-  """Finds (folder of all, images folder, masks folder or None for COCO)."""
-  inside = collections.defaultdict(lambda: collections.defaultdict(set))
-  for name in files.names:
-    parts = name.split('/')
-    for depth in (0, 1):
-      if len(parts) > depth + 1 and _is_image(name):
-        inside['/'.join(parts[:depth])]['folders'].add(parts[depth])
-      if len(parts) == depth + 1 and parts[depth] == _COCO:
-        inside['/'.join(parts[:depth])]['coco'].add(_COCO)
-  found = []
-  for top, what in inside.items():
-    folders = sorted(what['folders'])
-    images = [x for x in folders if x.lower() == 'images']
-    masks = [x for x in folders if x.lower() in _MASK_FOLDERS]
-    if len(images) == 1 and (masks or what['coco']):
-      found.append((top, images[0], masks, bool(what['coco'])))
+class _Place(typing.NamedTuple):
+  """Where the files of a dataset lie.
+
+  top: folder of all, '' or one name. images: files of images, whose names begin
+  with of_images. kind: 'masks', 'coco', 'labelme' or 'yolo'. labels: files of
+  masks or texts, whose names begin with of_labels, or the one list. other:
+  files beside the images that are of no form that is read.
+  """
+
+  top: str
+  images: tuple
+  of_images: str
+  kind: str
+  labels: tuple
+  of_labels: str
+  other: tuple = ()
+  warning: str = ''
+
+  @property
+  def prefix(self):
+    """What the names of all files begin with."""
+    return f'{self.top}/' if self.top else ''
+
+
+def _find(files):
+  """Finds the one _Place of a folder; ValueError where there is not one."""
+  tops = {''} | {x.split('/')[0] for x in files.names if '/' in x}
+  found, wrong = [], []
+  for top in sorted(tops):
+    prefix = f'{top}/' if top else ''
+    names = [x for x in files.names if x.startswith(prefix)]
+    inside = collections.defaultdict(list)
+    for name in names:
+      folder, slash, _ = name.removeprefix(prefix).partition('/')
+      inside[f'{folder}/' if slash else ''].append(name)
+    try:
+      place = _place(files, top, prefix, inside)
+    except ValueError as error:
+      wrong.append(error)
+      continue
+    if place:
+      found.append(place)
   # The folder itself comes first, what lies in it is then its own affair.
-  found = [x for x in found if not x[0]] or sorted(found)
+  found = [x for x in found if not x.top] or found
+  if not found and wrong:
+    raise wrong[0]
   if not found:
     raise ValueError(
       f'{files} has no images/ with masks/ or {_COCO} beside it, at its top or '
@@ -257,19 +427,145 @@ def _find_top(files):
   if len(found) > 1:
     raise ValueError(
       f'{files} has {len(found)} folders with images/ and masks/: '
-      f'{download.few(x[0] for x in found)}. Give one of them as --raw, or put '
-      f'all into one, as in images/{found[0][0]}/ and masks/{found[0][0]}/, '
-      'with train.txt and test.txt beside them'
+      f'{download.few(x.top for x in found)}. Give one of them as --raw, or '
+      f'put all into one, as in images/{found[0].top}/ and masks/'
+      f'{found[0].top}/, with train.txt and test.txt beside them'
     )
-  top, images, masks, coco = found[0]
-  if len(masks) > 1:
+  return found[0]
+
+
+def _place(files, top, prefix, inside):
+  """The _Place of one folder, or None where it has no images with labels.
+
+  Args:
+    files: the raw download.
+    top: the folder.
+    prefix: of all files in it.
+    inside: dict of folder below it, with '/', or '' -> its files.
+  """
+  folders = [x for x in inside if x[:-1].lower() in _IMAGE_FOLDERS]
+  masks = [
+    x
+    for x in inside
+    if x[:-1].lower() in _MASK_FOLDERS and any(map(_may_be_image, inside[x]))
+  ]
+  coco = _coco(prefix, inside)
+  if len(folders) > 1:
     raise ValueError(
-      f'{files} has {" and ".join(f"{x}/" for x in masks)}: which are the '
-      'masks? Leave one of them beside images/'
+      f'{files} has {" and ".join(sorted(folders))}: which are the images? '
+      'Leave one of them'
     )
-  if masks and coco:
-    logging.warning('%s is not used: there is %s/', _COCO, masks[0])
-  return top, images, masks[0] if masks else None
+  # Where images lie among other files, there must be labels for them.
+  within = folders[0] if folders else ''
+  beside = [x for x in inside[within] if _may_be_image(x)]
+  images = tuple(x for x in beside if _is_image(x))
+  other = tuple(x for x in inside[within] if within and not _is_image(x))
+  here = _Place(top, images, f'{prefix}{within}', '', (), '', other)
+  if beside and not images and (folders or coco):
+    raise _unread(here.of_images, beside)
+  if not images:
+    return None
+  if len(masks) > 1 and folders:
+    raise ValueError(
+      f'{files} has {" and ".join(sorted(masks))}: which are the masks? Leave '
+      'one of them beside images/'
+    )
+  if masks and folders:
+    of_labels = f'{prefix}{masks[0]}'
+    labels = tuple(x for x in inside[masks[0]] if _is_image(x))
+    if not labels:
+      raise _unread(of_labels, inside[masks[0]])
+    said = f'{_COCO} is not used: there is {masks[0]}'
+    return here._replace(
+      kind='masks',
+      labels=labels,
+      of_labels=of_labels,
+      warning=said * (coco == f'{prefix}{_COCO}'),
+    )
+  if coco:
+    return here._replace(kind='coco', labels=(coco,))
+  keys = {_key(x, here.of_images) for x in images}
+  for folder in (within, *sorted(inside)):
+    if folder != within and folder[:-1].lower() not in _MASK_FOLDERS:
+      continue
+    start = f'{prefix}{folder}'
+    for kind, suffix in (('labelme', '.json'), ('yolo', '.txt')):
+      labels = tuple(
+        x
+        for x in inside[folder]
+        if x.lower().endswith(suffix) and _key(x, start) in keys
+      )
+      if labels and not (folder == '' and set(labels) <= _lists(prefix)):
+        return here._replace(kind=kind, labels=labels, of_labels=start)
+  if pairs_ := _beside(images, here.of_images):
+    return here._replace(
+      images=tuple(x for x, _ in pairs_),
+      kind='masks',
+      labels=tuple(x for _, x in pairs_),
+      of_labels=here.of_images,
+    )
+  return None
+
+
+def _lists(prefix):
+  return {f'{prefix}{name}' for name in _LISTS}
+
+
+def _may_be_image(name):
+  """Whether a file is an image, of a form that is read or not."""
+  return not name.lower().endswith(_TEXTS)
+
+
+def _unread(folder, names):
+  """What to say where images are of no form that is read."""
+  suffixes = sorted({pathlib.PurePosixPath(x).suffix[1:] for x in names})
+  return ValueError(
+    f'{folder} holds {len(names)} files, none of a form that is read: '
+    f'{download.few(suffixes)}. Save them as PNG (or '
+    f'{", ".join(x[1:] for x in _SUFFIXES[1:])})'
+  )
+
+
+def _coco(prefix, inside):
+  """The list in COCO's form beside the images, or None."""
+  lists = [
+    x for x in (*inside[''], *inside['annotations/']) if x.endswith('.json')
+  ]
+  for name in _COCOS:
+    if f'{prefix}{name}' in lists:
+      return f'{prefix}{name}'
+  # One that has the name of an image is LabelMe's.
+  images = {
+    _key(x, '') for names in inside.values() for x in names if _is_image(x)
+  }
+  stems = {pathlib.PurePosixPath(x).name for x in images}
+  lists = [x for x in lists if pathlib.PurePosixPath(x).stem not in stems]
+  return lists[0] if len(lists) == 1 else None
+
+
+def _beside(images, prefix):
+  """[(image, mask)] where each image has its mask beside it; else None.
+
+  It has its name with _mask appended, or where all are JPEG that name as PNG.
+  """
+  names = {name: _key(name, prefix) for name in images}
+  by_key = collections.defaultdict(list)
+  for name, key in names.items():
+    by_key[key].append(name)
+  made = []
+  if all(len(x) == 2 for x in by_key.values()):
+    for two in by_key.values():
+      jpeg = [x for x in two if x.lower().endswith(('.jpg', '.jpeg', '.jfif'))]
+      if len(jpeg) != 1:
+        return None
+      made.append((jpeg[0], next(x for x in two if x not in jpeg)))
+    return made
+  for name, key in names.items():
+    if (whole := pairs.without_ending(key)) in by_key:
+      made.append((by_key[whole][0], name))
+  masks = {x for _, x in made}
+  whole = {x for x, _ in made}
+  return made if made and whole | masks == set(images) else None
 
 
 def _key(name, prefix):
@@ -277,42 +573,53 @@ def _key(name, prefix):
   return name.removeprefix(prefix).rpartition('.')[0]
 
 
-def _images(files, prefix):
+def _images(place):
   """Lists the images: ({id: file name}, {id: path without suffix})."""
-  names, keys, other = {}, {}, []
-  for name in files.names:
-    if not name.startswith(prefix):
-      continue
-    if not _is_image(name):
-      other.append(name)
-      continue
-    key = _key(name, prefix)
-    id_ = key.replace('/', '.')
+  names, keys = {}, {}
+  for name in place.images:
+    key = _key(name, place.of_images)
+    id_ = download.plain(key.replace('/', '.'))
     if id_ in names:
       raise ValueError(
-        f'{names[id_]} and {name} would both be called {id_!r}: rename one'
+        f'{names[id_]} and {name} would both be called {id_!r}'
+        + (
+          ', their letters differ in Unicode form only'
+          if keys[id_] != key
+          and download.plain(keys[id_]) == download.plain(key)
+          else ''
+        )
+        + ': rename one'
       )
     names[id_], keys[id_] = name, key
-  if other:
+  if place.other:
     logging.warning(
       '%d files in %s are not used (%s): images are %s',
-      len(other),
-      prefix,
-      download.few(other),
+      len(place.other),
+      place.of_images,
+      download.few(place.other),
       ', '.join(x[1:] for x in _SUFFIXES),
     )
   return names, keys
+
+
+def _forms(place, images):
+  """Of which forms the files are, in words."""
+  said = []
+  for what, names in (('images', images.values()), (place.kind, place.labels)):
+    counts = collections.Counter(
+      pathlib.PurePosixPath(x).suffix[1:].lower() for x in names
+    )
+    said.append(
+      f'{what} {", ".join(f"{n} {x}" for x, n in sorted(counts.items()))}'
+    )
+  return '; '.join(said)
 
 
 def _text(files, name):
   """The lines of a text file, stripped, or None where there is no such."""
   if name not in files.names:
     return None
-  try:
-    text = files.read(name).decode('utf-8-sig')
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{name} is not UTF-8 text: {error}') from error
-  return [line.strip() for line in text.splitlines()]
+  return [line.strip() for line in files.text(name).splitlines()]
 
 
 def _parts(files, prefix, known, split):
@@ -323,7 +630,7 @@ def _parts(files, prefix, known, split):
     lines = _text(files, name)
     if lines is None or split == 'held_out':
       continue
-    lines = list(dict.fromkeys(line for line in lines if line))
+    lines = list(dict.fromkeys(download.plain(line) for line in lines if line))
     unknown = [line for line in lines if line not in known]
     if unknown:
       raise ValueError(
@@ -361,25 +668,76 @@ def _parts(files, prefix, known, split):
   return train, test
 
 
-def _decode_image(contents, name):
-  """Decodes an image: (uint8 [H, W, 3], whether EXIF says it is turned)."""
-  try:
-    with Image.open(io.BytesIO(contents)) as picture:
-      mode = picture.mode
-      turned = picture.getexif().get(0x0112, 1) in range(2, 9)
-      upright = ImageOps.exif_transpose(picture) if turned else picture
-      pixels = np.asarray(upright.convert('RGB'))
-  except mask_meaning.UNREADABLE as error:
-    reason = str(error).replace('\n', ' ')
-    raise download.BadFileError(
-      f'{name}: cannot be decoded ({reason})'
-    ) from error
-  if mode.startswith(('I', 'F')):
-    # Pillow would clip the values to 255: a white image, without a word.
-    raise download.BadFileError(
-      f'{name}: has more than 8 bits a pixel (mode {mode}), save it with 8'
+def _groups(files, prefix, known, ids, group_by):
+  """{id: group} by --group_by or groups.txt, or None without both."""
+  name, found = f'{prefix}groups.txt', {}
+  lines = _text(files, name)
+  if group_by is not None:
+    try:
+      form = re.compile(group_by)
+    except re.error as error:
+      raise ValueError(
+        f'--group_by {group_by!r} is no regular expression: {error}'
+      ) from error
+    if lines is not None:
+      logging.warning('%s is not used: --group_by is given', name)
+    matches = {id_: form.search(id_) for id_ in ids}
+    # The first (...) that took part, else all that was matched.
+    found = {
+      id_: next((x for x in match.groups() if x is not None), match[0])
+      for id_, match in matches.items()
+      if match
+    }
+    said = f'--group_by {group_by!r} matches'
+  elif lines is None:
+    return None
+  else:
+    for line in lines:
+      if not line:
+        continue
+      image, group = (line.rsplit(None, 1) + [''])[:2]
+      id_ = known.get(download.plain(image.rstrip(' ,;')))
+      if id_ is None or not group:
+        raise ValueError(
+          f'{name}: {line!r} is not `<image> <group>` with an image that is '
+          f'there, such as {download.few(ids, 1)}'
+        )
+      if found.setdefault(id_, group) != group:
+        raise ValueError(f'{name} gives {id_} two groups: {line!r}')
+    said = f'{name} names a group for'
+  if left := [id_ for id_ in ids if id_ not in found]:
+    raise ValueError(
+      f'{said} {len(found)} of {len(ids)} images, and not for '
+      f'{download.few(left)}: each needs a group, if one of its own'
     )
-  return pixels, turned
+  return found
+
+
+def _refuse_divided(group_of, train, test):
+  """Raises ValueError where train and test have images of one group."""
+  sides = [{group_of[i] for i in ids if i in group_of} for ids in (train, test)]
+  if both := sorted(sides[0] & sides[1]):
+    raise ValueError(
+      f'{len(both)} groups have images in both train and test '
+      f'({download.few(both)}): move them in test.txt, or let --split held_out '
+      'divide by groups'
+    )
+
+
+def _yolo_names(files, prefix, listed):
+  """The names of YOLO's classes 0, 1, ... by classes.txt or data.yaml."""
+  if listed and listed.kind == 'name':
+    return listed.lines
+  for name in dict.fromkeys((f'{prefix}data.yaml', 'data.yaml')):
+    if name not in files.names:
+      continue
+    text = files.text(name)
+    with download.guard(name, 'has no names that can be read'):
+      names = yaml.safe_load(text)['names']
+      if isinstance(names, dict):
+        names = [names[i] for i in range(len(names))]
+      return [str(x) for x in names]
+  return None
 
 
 # -------------------------------------------------------------- the mask files
@@ -388,16 +746,21 @@ def _decode_image(contents, name):
 class Masks:
   """masks/: a file per image, and what their values mean."""
 
-  def __init__(self, files, prefix, images, keys, listed):
+  voided: typing.ClassVar[dict] = {}  # masks are painted whole
+
+  def __init__(self, files, place, images, keys, listed):
     """Reads all masks once to decide; ValueError where that fails."""
-    self._files, self._prefix = files, prefix
+    self._files, self._prefix = files, place.of_labels
     self._images, self._keys = images, keys
-    self._of, orphans = _match(files, prefix, keys)
+    masks = {x: _key(x, place.of_labels) for x in place.labels}
+    self._of, orphans = pairs.match(keys, masks)
     if not self._of:
       id_ = min(images)
+      pairs_ = pairs.suggested(images.values(), orphans)
       raise ValueError(
-        f'none of the {len(images)} images has a mask in {prefix} '
+        f'none of the {len(images)} images has a mask in {self._prefix} '
         f'(there is {download.few(orphans, 3)}): {self._missing(id_)}'
+        + (f'. In order they would be {pairs_}: rename one side' * bool(pairs_))
       )
     if orphans:
       logging.warning(
@@ -410,6 +773,7 @@ class Masks:
     nothing = mask_meaning.Coding('grey', 1, ('?',), {})
     self._coding = mask_meaning.decide(seen, listed) if seen else nothing
     self.classes, self.palette = self._coding.classes, self._coding.palette
+    self.meaning = self._coding.meaning
 
   def _missing(self, id_):
     stem = f'{self._prefix}{self._keys[id_]}'
@@ -419,17 +783,20 @@ class Masks:
     )
 
   def _survey(self):
-    seen = []
-    for names in tqdm(
-      [x for x in self._of.values() if len(x) == 1],
+    def look(name):
+      # What cannot be read is named when all images are checked.
+      with contextlib.suppress(download.BadFileError):
+        return mask_meaning.survey(self._files.read(name), name)
+
+    names = [x[0] for x in self._of.values() if len(x) == 1]
+    seen = tqdm(
+      download.ahead(look, names),
       desc='reading masks',
       unit='mask',
       mininterval=0.5,
-    ):
-      # What cannot be read is named when all images are checked.
-      with contextlib.suppress(download.BadFileError):
-        seen.append(mask_meaning.survey(self._files.read(names[0]), names[0]))
-    return seen
+      total=len(names),
+    )
+    return [x for x in seen if x is not None]
 
   def label(self, id_, size):
     """Reads the mask of an id, uint8 [H, W]."""
@@ -443,225 +810,3 @@ class Masks:
     mask = mask_meaning.decode(self._files.read(names[0]), names[0])
     download.same_size(names[0], mask.values, size)
     return self._coding.label(mask)
-
-
-def _match(files, prefix, keys):
-  """Finds the masks: ({id: file names}, masks without an image)."""
-  exact, ended = (collections.defaultdict(list) for _ in range(2))
-  for name in files.names:
-    if name.startswith(prefix) and _is_image(name):
-      key = _key(name, prefix)
-      exact[key].append(name)
-      if found := _ENDING.fullmatch(key):
-        ended[found[1]].append(name)
-  taken = {name for key in keys.values() for name in exact.get(key, ())}
-  of = {}
-  for id_, key in keys.items():
-    names = exact.get(key) or [x for x in ended.get(key, ()) if x not in taken]
-    if names:
-      of[id_] = names
-  used = {name for names in of.values() for name in names}
-  every = [name for names in exact.values() for name in names]
-  return of, sorted(set(every) - used)
-
-
-# ------------------------------------------------------------ annotations.json
-
-
-class Coco:
-  """annotations.json: polygons or RLE, painted in their order, no crowds."""
-
-  def __init__(self, files, name, known, images):
-    """Reads the file; ValueError where it is not as COCO says."""
-    self._painter, self._images = masks.Painter(name), images
-    self._name = name
-    try:
-      made = json.loads(files.read(name))
-      entries = [(x['id'], x['file_name'], x) for x in made['images']]
-      categories = {x['id']: str(x['name']) for x in made['categories']}
-      painted = [
-        (x['image_id'], x['category_id'], x)
-        for x in made['annotations']
-        if not x.get('iscrowd')
-      ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise ValueError(
-        f'{name} is not COCO ({type(error).__name__}: {error}): it needs '
-        'images (id, file_name), annotations (image_id, category_id, '
-        'segmentation) and categories (id, name)'
-      ) from error
-    self._entries = {}  # id -> entry
-    by_number, strangers = {}, []
-    for number, file_name, entry in entries:
-      id_ = known.get(file_name.replace('\\', '/').removeprefix('./'))
-      if id_ is None:
-        strangers.append(file_name)
-      elif id_ in self._entries:
-        raise ValueError(f'{name} lists {file_name!r} twice')
-      else:
-        self._entries[id_] = entry
-      by_number[number] = id_
-    if not self._entries:
-      raise ValueError(
-        f'{name} lists none of the {len(images)} images (it has '
-        f'{download.few(strangers, 3) or "none"}, there is '
-        f'{download.few(images.values(), 3)})'
-      )
-    if strangers:
-      logging.warning(
-        '%s lists %d images that are not there: %s',
-        name,
-        len(strangers),
-        download.few(strangers),
-      )
-    self._of = collections.defaultdict(list)
-    for number, category, annotation in painted:
-      if number not in by_number or category not in categories:
-        raise ValueError(
-          f'{name}: annotation {annotation.get("id")} names image {number} and '
-          f'category {category}, of which one is not listed'
-        )
-      self._of[by_number[number]].append((category, annotation))
-    self._number(categories, painted)
-
-  def _number(self, categories, painted):
-    """Numbers the categories that occur 1..n in the order of their ids."""
-    there = {category for _, category, _ in painted}
-    unused = [x for i, x in categories.items() if i not in there]
-    if unused:
-      # Exports list a root, or all 80 of COCO.
-      logging.warning(
-        '%d categories have no annotation and are no class: %s',
-        len(unused),
-        download.few(unused),
-      )
-    order = sorted(i for i in categories if i in there)
-    self._labels = {category: i for i, category in enumerate(order, 1)}
-    self.classes = tuple(categories[i] for i in order)
-    self.palette = mask_meaning.palette(len(order))
-    if not 1 <= len(order) <= 254 or len(set(self.classes)) != len(order):
-      raise ValueError(
-        f'{self._name} has {len(order)} categories with annotations '
-        f'({download.few(self.classes)}): 1 to 254 of different names are '
-        'needed'
-      )
-
-  def label(self, id_, size):
-    """Paints the annotations of an id, uint8 [H, W]."""
-    if id_ not in self._entries:
-      raise download.BadFileError(
-        f'no entry in {self._name} for {self._images[id_]}'
-      )
-    entry = self._entries[id_]
-    stated = (entry.get('height', size[0]), entry.get('width', size[1]))
-    if stated != tuple(size):
-      raise download.BadFileError(
-        f'{self._images[id_]}: {self._name} says {stated[1]}x{stated[0]}, its '
-        f'image is {size[1]}x{size[0]}'
-      )
-    label = np.zeros(size, np.uint8)
-    for category, annotation in self._of[id_]:
-      label[self._decode(id_, annotation, size)] = self._labels[category]
-    return label
-
-  def _decode(self, id_, annotation, size):
-    """One annotation as bool [H, W]."""
-    form = annotation.get('segmentation')
-    where = f'{self._images[id_]}: annotation {annotation.get("id")}'
-    if not form:
-      raise download.BadFileError(
-        f'{where} has no segmentation, maybe a box only'
-      )
-    try:
-      return self._painter.paint(form, size)
-    except ValueError as error:
-      raise download.BadFileError(
-        f'{where} cannot be decoded ({error})'
-      ) from error
-
-
-# ----------------------------------------------------------------- the summary
-
-
-def summary(manifest):
-  """Says in some lines what a prepared folder holds and what may be wrong.
-
-  Takes a manifest as `prepare` returns it, or as it is read again: that has no
-  count of pixels, and percentages are of images.
-  """
-  rows, classes = manifest['records'], manifest['classes']
-  pixels = manifest.get('pixels')
-  images = collections.Counter(
-    (row['split'], label) for row in rows for label in row['present']
-  )
-  splits = collections.Counter(row['split'] for row in rows)
-  head = ('label', 'class', 'train images', 'test images')
-  lines = [(*head, '% of images' if pixels is None else '% of pixels')]
-  for i, name in enumerate(classes, 1):
-    train, test = images['train', i], images['test', i]
-    if pixels is None:
-      share = (train + test) / len(rows)
-    else:
-      share = pixels.get(i, 0) / sum(pixels.values())
-    lines.append((str(i), name, str(train), str(test), f'{100 * share:.2f}'))
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  made = [
-    f'{manifest["name"]}: {len(rows)} images ({splits["train"]} train, '
-    f'{splits["test"]} test), {len(classes)} '
-    + ('class' if len(classes) == 1 else 'classes')
-  ]
-  for line in lines:
-    cells = [
-      cell.ljust(width) if i == 1 else cell.rjust(width)
-      for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-    ]
-    made.append('  ' + '  '.join(cells))
-  if pixels and 255 in pixels:
-    share = pixels[255] / sum(pixels.values())
-    made.append(f'  void: {100 * share:.2f} % of pixels')
-  sizes = sorted((row['size'] for row in rows), key=lambda x: (x[0] * x[1], x))
-  small, middle, large = (
-    f'{columns}x{height}'
-    for height, columns in (sizes[0], sizes[len(sizes) // 2], sizes[-1])
-  )
-  made.append(
-    f'  width x height: {small} smallest, {middle} median, {large} largest'
-  )
-  return '\n'.join(made + [f'  note: {x}' for x in _hints(manifest, images)])
-
-
-def _hints(manifest, images):
-  """Yields what a practitioner may want to look at."""
-  rows = manifest['records']
-  for i, name in enumerate(manifest['classes'], 1):
-    count = images['train', i]
-    if count < 5:
-      yield (
-        f'{name} is in {count} train image{"s" * (count != 1)}: fewer than 5 '
-        'give no 5 shots'
-      )
-  if _seem_numbered(manifest['classes'], images):
-    yield (
-      'each label is in no more images than the one before: if they number '
-      'objects, and are no classes, give all objects of a class one value'
-    )
-  areas = [row['size'][0] * row['size'][1] for row in rows]
-  if max(areas) > 10 * min(areas):
-    yield (
-      f'the largest image has {max(areas) / min(areas):.0f} times the pixels '
-      'of the smallest: all are resized to one size when read'
-    )
-  empty = [row['id'] for row in rows if not row['present']]
-  if empty:
-    yield (
-      f'{len(empty)} images have no class in their mask: {download.few(empty)}'
-    )
-
-
-def _seem_numbered(classes, images):
-  """Whether labels look like the numbers of objects in each image."""
-  labels = range(1, len(classes) + 1)
-  counts = [images['train', i] + images['test', i] for i in labels]
-  unnamed = list(classes) == [f'class{i}' for i in labels]
-  falling = counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
-  return unnamed and len(classes) > 3 and falling

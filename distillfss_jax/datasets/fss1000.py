@@ -204,7 +204,7 @@ class Layout:
       for name in _LISTS[part]:
         path = posixpath.join(below, name)
         if path in self._there:
-          text = self._files.read(path).decode('utf-8-sig', 'replace')
+          text = self._files.text(path, 'replace')
           return {_plain(x.strip()) for x in text.splitlines() if x.strip()}
     return set()
 

@@ -8,7 +8,6 @@ chosen when it is loaded.
 """
 
 import collections
-import json
 import posixpath
 
 import numpy as np
@@ -102,7 +101,7 @@ class Layout:
         f'{Industrial.DOWNLOAD}'
       )
     self.top = posixpath.dirname(index)
-    self.classes, rows = _read(index, files.read(index))
+    self.classes, rows = _read(index, files)
     self._row = {id_: (path, label) for id_, path, label in rows}
     self.ids = list(self._row)
     if len(self.ids) < len(rows):
@@ -155,10 +154,10 @@ class Layout:
     return np.where(mask > 0, label, 0).astype(np.uint8)
 
 
-def _read(name, contents):
+def _read(name, files):
   """(classes, [(id, path below data/, label)]) of data.json."""
   try:
-    said = json.loads(contents)
+    said = files.json(name)
     classes = said['clsName']
     listed = [(x, path) for x in said['clsDic'] for path in _bad(said, x)]
     different = len(set(classes))

@@ -105,14 +105,16 @@ class Layout:
       self._test = dict.fromkeys(row['id'] for row in rows)
 
   def _read(self, name, columns):
-    text = self._files.read(name).decode('utf-8-sig', 'replace')
-    rows = csv.DictReader(io.StringIO(text))
-    if missing := set(columns).difference(rows.fieldnames or ()):
+    text = self._files.text(name, 'replace')
+    with download.guard(name, 'is no table'):
+      table = csv.DictReader(io.StringIO(text))
+      rows, fields = list(table), table.fieldnames or ()
+    if missing := set(columns).difference(fields):
       raise ValueError(
         f'{name} has no column {", ".join(sorted(missing))}: its first line '
         f'should name {", ".join(columns)}'
       )
-    return list(rows)
+    return rows
 
   def split(self, ids):
     """Divides the ids: train sorted, test in the order of its list or rule."""

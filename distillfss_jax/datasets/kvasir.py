@@ -82,7 +82,7 @@ class Layout:
         f'{self._files} has no {self.top}{name}: add it, or choose --split '
         'reference'
       )
-    text = self._files.read(f'{self.top}{name}').decode('utf-8', 'replace')
+    text = self._files.text(f'{self.top}{name}', 'replace')
     return [line.removesuffix('.jpg') for line in text.split()]
 
   def split(self, ids):

@@ -171,7 +171,7 @@ def _table(files, name):
       anything in it that a table of arrays does not need.
   """
   try:
-    table = _Unpickler(io.BytesIO(files.read(name))).load()
+    table = _Unpickler(io.BytesIO(files.read(name, None))).load()
     if not isinstance(table, _DataFrame):
       raise _RefusedError('it is no DataFrame')
     return [table.column(wanted) for wanted in ('hu_array', 'mask')]

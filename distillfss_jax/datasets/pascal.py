@@ -16,7 +16,6 @@ import re
 import numpy as np
 import scipy.io
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from distillfss_jax.data import builder, core, download, prepared
 
@@ -286,7 +285,7 @@ class Layout:
   def _listed(self, name):
     if name not in self._there:
       raise ValueError(f'{self._files} has no {name}: {Pascal.DOWNLOAD}')
-    text = self._files.read(name).decode('utf-8', 'replace')
+    text = self._files.text(name, 'replace')
     return list(dict.fromkeys(text.split()))
 
   def _first(self, *names):
@@ -340,14 +339,13 @@ class Layout:
 
 def _indices(name, contents):
   """The values of a palette or grey PNG as they are, whatever the colours."""
-  values = download.decode(contents, name, 'P')
-  mode = Image.open(io.BytesIO(contents)).mode
-  if mode not in ('P', 'L'):
-    raise download.BadFileError(
-      f'{name}: is a picture of mode {mode}, expected class indices 0..20 and '
-      '255, one channel of 8 bits (palette or grey)'
-    )
-  return values
+  with download.picture(contents, name) as (found, _):
+    if found.mode not in ('P', 'L'):
+      raise download.BadFileError(
+        f'{name}: is a picture of mode {found.mode}, expected class indices '
+        '0..20 and 255, one channel of 8 bits (palette or grey)'
+      )
+    return download.pixels(found)
 
 
 def _matlab(name, contents):
