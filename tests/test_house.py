@@ -58,13 +58,6 @@ APART = {
 PARTS = ('ops', 'data', 'workdir', 'pretrained')
 # Siblings may import these.
 SHARED_FILES = ('__init__', 'base', 'core', 'adapted', 'meta', 'metrics')
-  '__init__',
-  'base',
-  'core',
-  'adapted',
-  'meta',
-  'metrics',
-)  # siblings may import them
 
 # What has a name of its own here is not called by another.
 WORDS = {

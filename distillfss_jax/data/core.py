@@ -13,7 +13,8 @@ class Dataset:
   A source has `len`, `ids` (tuple of str), `sizes` (int32 [N, 2], rows and
   columns), `present` (bool [N, n], which class occurs) and `[i]`, a record:
   'image' uint8 [H, W, 3], 'label' uint8 [H, W] (0 background, 1..n, 255 void)
-  and 'id' str. Sources can be pickled.
+  and 'id' str. Sources can be pickled. One whose records lie on disk also has
+  `digests`, of what is stored.
   """
 
   name: str
@@ -33,6 +34,7 @@ class Chosen(Sequence):
     self._table[255] = 255 if void else 0
     self._table[list(labels)] = np.arange(1, len(labels) + 1)
     self.ids, self.sizes = source.ids, source.sizes
+    self.digests = getattr(source, 'digests', None)
     self.present = source.present[:, np.array(labels) - 1]
 
   def __len__(self):
@@ -53,6 +55,8 @@ class Part(Sequence):
     self.ids = tuple(source.ids[i] for i in self._indices)
     self.sizes = np.asarray(source.sizes)[self._indices]
     self.present = np.asarray(source.present)[self._indices]
+    digests = getattr(source, 'digests', None)
+    self.digests = digests and tuple(digests[i] for i in self._indices)
 
   def __len__(self):
     return len(self._indices)
@@ -61,7 +65,7 @@ class Part(Sequence):
     return self._source[int(self._indices[i])]
 
 
-def select(dataset, labels):
+def with_classes(dataset, labels):
   """A Dataset with some of the classes as labels 1, 2, ...; all its records.
 
   Args:

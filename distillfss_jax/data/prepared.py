@@ -189,8 +189,8 @@ class Prepared(Sequence):
     for i, row in enumerate(rows):
       self.areas[i, np.array(row['present'], int) - 1] = row['areas']
     self.present = self.areas > 0
-    self._digests = tuple(row.get('stored') for row in rows)
-    if None in self._digests:
+    self.digests = tuple(row.get('stored') for row in rows)
+    if None in self.digests:
       _say_unchecked(self._place)
 
   @functools.cached_property
@@ -225,7 +225,7 @@ class Prepared(Sequence):
       raise _damaged(
         self._place, f'{where} is {found}, the manifest says {self.ids[i]}'
       )
-    if self._digests[i] not in (None, digest(found, image, label)):
+    if self.digests[i] not in (None, digest(found, image, label)):
       raise _damaged(self._place, f'{where}, {found}, is not as it was written')
     # What was prepared may be as large as it is.
     decode = functools.partial(download.decode, limited=False)

@@ -110,7 +110,7 @@ def load(data_dir='data', fold=None, rule='interleaved', void=True):
     made = prepared.load_prepared(
       Coco, data_dir, lambda row: not set(kept).isdisjoint(row['present'])
     )
-    made = core.select(made, kept)
+    made = core.with_classes(made, kept)
   return made if void else core.without_void(made)
 
 

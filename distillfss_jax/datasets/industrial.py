@@ -58,7 +58,7 @@ def load(data_dir='data', fold=0):
   made = prepared.load_prepared(
     Industrial, data_dir, lambda row: not set(labels).isdisjoint(row['present'])
   )
-  return core.select(made, labels)
+  return core.with_classes(made, labels)
 
 
 def prepare(raw, data_dir, *, split='reference', skip_bad=False):

@@ -88,7 +88,7 @@ def load(data_dir='data', fold=None, augmented=True, void=True):
     train=_ALL_TRAIN if augmented else ('train',),
   )
   if fold is not None:
-    made = core.select(made, labels)
+    made = core.with_classes(made, labels)
   # Parity: the reference has PASCAL without void, which its scores do not know.
   return made if void else core.without_void(made)
 
