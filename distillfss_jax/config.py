@@ -201,6 +201,9 @@ def differences(
 ) -> list[str]:
   """How a saved config differs from one of today, as 'key was 1, is 2'.
 
+  What `before` lacks is no difference: `saved` has filled in what an option
+  that came later must be. What only `before` has is one: it meant something.
+
   Args:
     before: saved, flat or nested; see `saved`.
     now: of today.
@@ -212,8 +215,8 @@ def differences(
 
   return [
     f'{key} was {said(before, key)}, is {said(now, key)}'
-    for key in sorted(before.keys() | now.keys())
-    if (key in before) != (key in now) or before.get(key) != now.get(key)
+    for key in sorted(before)
+    if key not in now or before[key] != now[key]
   ]
 
 

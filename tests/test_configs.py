@@ -47,8 +47,7 @@ def assert_names_exist(config):
   assert config.system in systems.names()
   assert config.model.backbone.name in backbones.variants()
   assert config.data.name in datasets.names()
-  assert config.support.shots >= 1
-  assert config.steps >= 1
+  configs.check_values(config)
 
 
 def test_there_are_configs():
@@ -63,7 +62,10 @@ def test_loads(name):
   assert config.data.is_locked
   assert config.data.args.is_locked
   assert_names_exist(config)
-  assert set(keys(config)) == set(keys(common.get_config()))
+  known = set(keys(common.base())) - {'model.fields', 'data.args'}
+  assert known <= set(keys(config))
+  if config.task == 'adaptation':
+    assert set(keys(config)) == set(keys(common.get_config()))
   with pytest.raises(AttributeError, match='steps'):
     config.stepz = 3
   with pytest.raises(AttributeError, match='image_size'):
@@ -81,14 +83,17 @@ def test_loads_anew(name):
 def test_smoke_is_small(name):
   config = load(name, 'smoke')
   assert config.data.image_size == 64
-  assert config.model.backbone.name == 'resnet_tiny'
+  assert config.model.backbone.name in (
+    'resnet_tiny', 'resnet_tiny_deep', 'vgg_tiny',
+  )  # fmt: skip
   assert config.steps <= 4
+  assert not config.epochs
   assert config.checkpoint_every < config.steps
   assert config.is_locked
   assert_names_exist(config)
   whole = load(name)
   for same in ('name', 'system', 'student', 'loss', 'episodes', 'optim'):
-    assert config[same] == whole[same]
+    assert config.get(same) == whole.get(same)
 
 
 # Of 2512.05613's experiments: (steps, subsample, kind of episodes, rule of the
@@ -150,8 +155,8 @@ def test_the_docstring_gives_commands_that_load(name):
   assert 'python -m distillfss_jax.main' in text
   found = re.findall(r'--config configs/(\w+)\.py(?::(\S+))?', text)
   assert found
+  assert name in {config for config, _ in found}
   for config, arg in found:
-    assert config == name
     load(config, arg or None)
 
 
@@ -183,7 +188,7 @@ def test_smoke_builds(name):
   config = load(name, 'smoke')
   system, _ = systems.build(config, 1)
   assert system.trains
-  assert set(system.roles) <= {'teacher', 'student'}
+  assert system.roles
 
 
 def test_unknown_names_list_what_exists():
@@ -365,7 +370,9 @@ def test_check_key():
       configs.check_key(config, key)
 
 
-RENAMED = {'sweeps': 'steps', 'net': 'model', 'model.vote': 'model.voting'}
+RENAMED = {
+  'sweeps': 'steps', 'net': 'model', 'model.vote': 'model.fields.voting',
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -377,7 +384,7 @@ def after_a_change(monkeypatch):
 def test_renamed(after_a_change):
   for old, new in {
     'sweeps': 'steps', 'net.heads': 'model.heads', 'net': 'model',
-    'net.vote': 'model.voting',  # twice, one after the other
+    'net.vote': 'model.fields.voting',  # twice, one after the other
     'steps': 'steps', 'sweeps_all': 'sweeps_all', 'a.sweeps': 'a.sweeps',
     'model.voters': 'model.voters',
   }.items():  # fmt: skip
@@ -388,12 +395,12 @@ def test_commands_from_before_a_change(after_a_change):
   demo = '--config=configs/demo.py:smoke'
   line = [
     'main', demo, '--config.sweeps=3', '-config.net.vote', '2',
-    '--noconfig.net.positional', '--config.net.init=a=b', '--workdir=sweeps',
+    '--noconfig.net.init', '--config.net.init=a=b', '--workdir=sweeps',
     '--config.steps=4',
   ]  # fmt: skip
   assert configs.check_flags(line) == [
-    'main', demo, '--config.steps=3', '-config.model.voting', '2',
-    '--noconfig.model.positional', '--config.model.init=a=b',
+    'main', demo, '--config.steps=3', '-config.model.fields.voting', '2',
+    '--noconfig.model.init', '--config.model.init=a=b',
     '--workdir=sweeps', '--config.steps=4',
   ]  # fmt: skip
   with pytest.raises(ValueError, match=r"'heds' in config\.model\.heds"):
@@ -409,9 +416,9 @@ def test_main_takes_a_command_from_before_a_change():
 import sys
 from absl import app
 from distillfss_jax import config, main
-config.RENAMED['net.vote'] = 'model.voting'
+config.RENAMED['net.vote'] = 'model.fields.voting'
 sys.argv = ['main.py', '--config', 'configs/demo.py', '--config.net.vote=7']
-app.run(lambda _: print(main._CONFIG.value.model.voting),
+app.run(lambda _: print(main._CONFIG.value.model.fields.voting),
         flags_parser=main.parse)
 """
   done = subprocess.run(
@@ -438,7 +445,7 @@ def test_differences():
   text['steps'] = 7
   text['optim']['trainable'] = ['D']
   text['model']['gone'] = 'x'
-  del text['model']['voting'], text['eval']
+  del text['model']['fields']['voting'], text['eval']
   assert configs.differences(text, config) == [
     "model.gone was 'x', is absent",
     "optim.trainable was ['D'], is ['D', 'student', 'backbone']",
@@ -468,13 +475,22 @@ def test_a_run_survives_a_new_option_and_a_new_name(tmp_path, after_a_change):
   kept = json.loads(config.to_json_best_effort())
   kept['sweeps'] = kept.pop('steps')
   kept['net'] = kept.pop('model')
-  kept['net']['vote'] = kept['net'].pop('voting')
+  kept['net']['vote'] = kept['net']['fields'].pop('voting')
   del kept['micro_batch'], kept['source']  # not yet there
   path = tmp_path / 'config.json'
   path.write_text(json.dumps(kept))
-  assert configs.saved(path)['model.voting'] == 0
+  assert configs.saved(path)['model.fields.voting'] == 0
   assert 'net.vote' not in configs.saved(path)
   train._check_same(config, tmp_path)
+  # An option that came later, and is not as it was when it was not there.
+  del kept['optim']['clip_norm']
+  path.write_text(json.dumps(kept))
+  train._check_same(config, tmp_path)
+  with config.unlocked():
+    config.optim.clip_norm = 1.0
+  with pytest.raises(ValueError, match=r'clip_norm was 0\.0, is 1\.0'):
+    train._check_same(config, tmp_path)
+  config.optim.clip_norm = 0.0
   for key, value, said in (
     ('sweeps', 5, 'steps was 5, is 4'), ('old', 1, 'old was 1, is absent'),
   ):  # fmt: skip
