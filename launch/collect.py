@@ -190,7 +190,8 @@ def _parse(argv):
   add('folder', help='finds all runs below it')
   add('--paper', action='store_true')
   add('--metric', default='miou')
-  add('--size', default='test', choices=('test', 'test_native'))
+  # Any that the runs have: results.json lists its evaluations.
+  add('--evaluation', '--size', dest='size', default='test')
   add('--out', help='folder for the files')
   add('--format', help=f'some of {",".join(known)}; by default all with --out')
   flags = parser.parse_args(argv)

@@ -121,17 +121,21 @@ def _defaults(name):
 
 
 def scores(run: Run, size: str, metric: str) -> dict[str, float]:
-  """The score of each role of a finished run.
+  """The score of each role of a finished run in one of its evaluations.
 
   Raises:
     ValueError: the results lack it, or hold no number there.
   """
   name, roles = f'{run.folder}/results.json', run.results.get(size)
   if not isinstance(roles, dict) or not roles:
-    raise ValueError(f'{name} has no scores under {size!r}')
+    known = run.results.get('evaluations')
+    known = ', '.join(known) if isinstance(known, dict) else 'test, test_native'
+    raise ValueError(f'{name} has no scores under {size!r}; there are: {known}')
   found = {}
   for role, values in roles.items():
     values = values if isinstance(values, dict) else {}
+    if metric in values and values[metric] is None and len(roles) > 1:
+      continue  # there was nothing to score
     found[role] = value = values.get(metric)
     # A score is at most 1, a loss or a count some more.
     if type(value) not in (int, float) or not abs(value) < 1e9:

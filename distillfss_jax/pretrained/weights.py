@@ -95,8 +95,8 @@ def load(config, system: nnx.Module, variables: Mapping) -> dict:
   check_fields(config, table)
   result, used = dict(variables), set()
   for i, row in enumerate(table):
-    later = {part.path for other in table[i + 1 :] for part in other.parts}
-    leave = _Leave(patterns, [f'{re.escape(x)}.*' for x in later], variables)
+    later = {x for other in table[i + 1 :] for x in shapes_of(other.parts)}
+    leave = _Leave(patterns, variables, later)
     result |= _read(row, result, leave)
     used |= leave.used
   if unused := sorted(set(patterns) - used):
@@ -159,7 +159,7 @@ def from_tensors(
   Raises:
     ValueError: the two differ; the message is the sorted difference.
   """
-  return _fitted(tensors, parts, _Leave(leave, (), shapes_of(parts)))
+  return _fitted(tensors, parts, _Leave(leave, shapes_of(parts)))
 
 
 def to_tensors(arrays: Arrays, parts: Sequence[Part]) -> Arrays:
@@ -247,19 +247,19 @@ class _Leave:
   def __init__(
     self,
     patterns: Iterable[str],
-    others: Iterable[str],
     paths: Iterable[str],
+    others: Iterable[str] = (),
   ):
-    """Takes what the user gave, what else stays out, and the model's paths."""
+    """Takes the user's patterns, the model's paths, and others that stay."""
     self._expressions, self.used = {}, set()
-    for pattern in (*_patterns(patterns), *others):
+    for pattern in _patterns(patterns):
       try:
         self._expressions[pattern] = re.compile(pattern)
       except re.error as error:
         raise ValueError(
           f'dont_load: {pattern!r} is no regular expression: {error}'
         ) from error
-    self.paths = self.matched(paths)
+    self.paths = self.matched(paths) | set(others)
 
   def matched(self, names: Iterable[str]) -> set[str]:
     """Those of the names that a pattern matches in full."""
@@ -277,14 +277,14 @@ def _read(row, variables, leave):
   found = hub.find(row.source.partition('#')[0])
   if found.is_dir():
     given = _of_folder(from_folder(found), row)
-    left = leave.matched(given)
+    left = leave.matched(given) | leave.paths
     given = {path: x for path, x in given.items() if path not in left}
   else:
     tensors = read_file(row.source)
     if row.theirs:
       tensors = _below(tensors, row.theirs, row.source)
     given = _fitted(tensors, row.parts, leave)
-  wanted = _wanted(variables, given, row.parts) - leave.paths
+  wanted = _wanted(shapes_of(row.parts), given, row.parts) - leave.paths
   loaded = params.merge(
     {path: x for path, x in variables.items() if path in wanted}, given
   )
