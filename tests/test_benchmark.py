@@ -192,8 +192,8 @@ def test_episodes_are_listed_and_shown(name, prepared):
 
 
 def test_the_readme_reads_episodes(prepared):
-  """Its lines, but on small images and without processes."""
-  text = (ROOT / 'README.md').read_text()
+  """The lines of its page, but on small images and without processes."""
+  text = (ROOT / 'docs' / 'benchmark.md').read_text()
   code = text.split('```python\n')[1].split('```')[0]
   code = code.replace("'data'", repr(str(prepared('pascal'))))
   code = code.replace('473', '33').replace('workers=4', 'workers=0')

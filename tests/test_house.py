@@ -1,10 +1,11 @@
-"""The house rules that a machine can check: floors, words, docstrings, README.
+"""The house rules that a machine can check: floors, words, docstrings, pages.
 
 The rules are those of the design: one noun, one word; imports go down only;
 nothing half-done stays.
 """
 
 import ast
+import functools
 import importlib.util
 import json
 import pathlib
@@ -25,7 +26,7 @@ TEXTS = sorted(
   path
   for pattern in (
     f'{PACKAGE}/**/*.py', 'configs/*.py', 'tests/*.py', 'launch/*', '.ci/*',
-    '*.md', '*.toml', '*.txt',
+    '*.md', 'docs/*.md', '*.toml', '*.txt',
   )
   for path in ROOT.glob(pattern)
   if path.is_file()
@@ -378,37 +379,90 @@ PLANNED = {
 }
 
 
-def test_readme_commands(monkeypatch):
-  monkeypatch.chdir(ROOT)
-  readme = ROOT / 'README.md'
-  if not readme.exists():
-    pytest.skip('there is no README.md')
-  found = commands(readme.read_text())
-  flags = {}
-  for command in found:
-    if command[0] in ('bash', 'sh') or command[0].startswith('./'):
-      script = command[0] if command[0].startswith('./') else command[1]
-      assert (ROOT / script).is_file(), f'no file {script}: {command}'
-      if pathlib.Path(script).name == 'demo.sh':
-        line = ['--config', 'configs/demo.py', *command[2:]]
-        flags.setdefault(f'{PACKAGE}.main', []).append(line)
-      for argument in command[2:]:
-        if argument.startswith('tests/'):
-          assert (ROOT / argument.split('::')[0]).exists(), command
-    elif command[:2] == ['python', '-m']:
-      if command[2].startswith(f'{PACKAGE}.'):
-        flags.setdefault(command[2], []).append(command[3:])
-      elif command[2].startswith('launch.'):
-        PLANNED[command[2]](command[3:])
-      else:
-        assert importlib.util.find_spec(command[2].split('.')[0]), command
+# Scripts that hand their arguments on to main, and what they put before them.
+HAND_ON = {
+  'launch/demo.sh': ['--config', 'configs/demo.py'],
+  'launch/slurm.sh': [],
+  'launch/tpu.sh': [],
+}
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+
+
+def on_page(path):
+  """The commands of a page as (module, line), and the files it names."""
+  lines, named = [], []
+  for command in commands(path.read_text()):
+    named += [x for x in command if x.startswith(('launch/', 'tests/', './'))]
+    if command[:2] == ['python', '-m']:
+      lines.append((command[2], command[3:]))
     elif command[0] == 'python':
-      assert (ROOT / command[1]).is_file(), f'no file {command[1]}: {command}'
-  assert flags, 'README.md shows no command of this package'
-  for module, lines in flags.items():
-    assert module in MODULES, f'README.md: no module {module}'
-    done = parse_flags(module, lines)
-    assert done.returncode == 0, done.stdout + done.stderr
+      named.append(command[1])
+    for i, word in enumerate(command):
+      if word in HAND_ON:
+        line = HAND_ON[word] + command[i + 1 :]
+        lines.append((f'{PACKAGE}.main', line))
+  return lines, named
+
+
+@functools.cache
+def parsed(module):
+  """What `parse_flags` finds of a module's lines on all pages, at once."""
+  found = (line for page in PAGES for line in on_page(page)[0])
+  return parse_flags(module, [line for name, line in found if name == module])
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda x: x.name)
+def test_readme_commands(page, monkeypatch):
+  """Whatever a page shows can be typed: modules, flags, keys, files."""
+  monkeypatch.chdir(ROOT)
+  lines, named = on_page(page)
+  assert lines or named or page.stem == 'parity', f'no command on {page.name}'
+  for name in named:
+    assert (ROOT / name.split('::')[0]).exists(), f'{page.name}: no {name}'
+  for module, line in lines:
+    if module.startswith(f'{PACKAGE}.'):
+      assert module in MODULES, f'{page.name}: no module {module}'
+      done = parsed(module)
+      assert done.returncode == 0 or '->' in done.stdout, done.stderr
+      wrong = [
+        x
+        for x in done.stdout.splitlines()
+        if x.startswith(' '.join([*line, '->']))
+      ]
+      assert not wrong, f'{page.name}: {wrong[0]}'
+    elif module.startswith('launch.'):
+      PLANNED[module](line)
+    else:
+      assert importlib.util.find_spec(module.split('.')[0]), module
+
+
+def prose(page):
+  """A page without its blocks of code."""
+  return re.sub(r'^```.*?^```', '', page.read_text(), flags=re.M | re.S)
+
+
+def anchors(page):
+  """The names that GitHub gives to a page's headings."""
+  heads = re.findall(r'^#+ (.*)$', prose(page), re.M)
+  return {re.sub(r'[^\w\- ]', '', x.lower()).replace(' ', '-') for x in heads}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda x: x.name)
+def test_links_lead_somewhere(page):
+  for link in re.findall(r'\]\(([^)\s]+)\)', prose(page)):
+    if link.startswith(('https://', 'http://')):
+      continue
+    file, _, anchor = link.partition('#')
+    there = (page.parent / file).resolve() if file else page
+    assert there.exists(), f'{page.name}: {link}'
+    if anchor:
+      assert anchor in anchors(there), f'{page.name}: {link}'
+
+
+def test_every_page_is_in_the_readme():
+  text = PAGES[0].read_text()
+  for page in PAGES[1:]:
+    assert f'](docs/{page.name})' in text, f'README.md does not name {page}'
 
 
 def test_bad_sweeps_are_noticed(monkeypatch):
