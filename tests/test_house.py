@@ -34,7 +34,7 @@ TEXTS = sorted(
 # Who stands where; what is not named stands on top, beside main.
 FLOORS = {
   **dict.fromkeys(('types', 'files'), 0),
-  **dict.fromkeys(('ops', 'params', 'parallel'), 1),
+  **dict.fromkeys(('exporting', 'ops', 'params', 'parallel'), 1),
   **dict.fromkeys(('backbones', 'data', 'optim', 'workdir'), 2),
   **dict.fromkeys(('datasets', 'models'), 3),
   **dict.fromkeys(('systems', 'pretrained'), 4),
@@ -53,7 +53,7 @@ APART = {
   'evaluators': ('models', 'systems', 'backbones', 'optim', 'pretrained'),
 }
 # Folders that are one thing in parts; those of the others are of a kind.
-PARTS = ('ops', 'data', 'workdir', 'pretrained')
+PARTS = ('exporting', 'ops', 'data', 'workdir', 'pretrained')
 SHARED_FILES = ('__init__', 'base', 'core')  # siblings may import them
 
 # What has a name of its own here is not called by another.
