@@ -35,7 +35,7 @@ TEXTS = sorted(
 # Who stands where; what is not named stands on top, beside main.
 FLOORS = {
   **dict.fromkeys(('types', 'files'), 0),
-  **dict.fromkeys(('config', 'ops', 'params', 'parallel'), 1),
+  **dict.fromkeys(('config', 'exporting', 'ops', 'params', 'parallel'), 1),
   **dict.fromkeys(('layers', 'data', 'optim', 'workdir', 'feeding'), 2),
   **dict.fromkeys(('backbones', 'datasets', 'pretrained'), 3),
   'models': 4,
@@ -56,7 +56,7 @@ APART = {
   'evaluators': ('models', 'systems', 'backbones', 'optim', 'pretrained'),
 }
 # Folders that are one thing in parts; those of the others are of a kind.
-PARTS = ('ops', 'data', 'workdir', 'pretrained')
+PARTS = ('exporting', 'ops', 'data', 'workdir', 'pretrained')
 # Siblings may import these.
 SHARED_FILES = ('__init__', 'base', 'core', 'adapted', 'meta', 'metrics')
 
