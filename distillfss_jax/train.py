@@ -224,6 +224,8 @@ class _Job:
       iterator.set_state(found.data_state)
     step = int(state.step)
     if step >= self.steps or extra.get('stopped_early'):
+      if self._tests_at(step) and extra.get('tested') != step:
+        self._validate(step, state, extra)  # it was stopped before it could
       return state
     feed = feeding.Feed(
       iterator,
@@ -364,8 +366,9 @@ class _Job:
       raise signals.Stopped(wanted)
 
   def _tests_at(self, step):
-    every = self.every
-    return every and step % every == 0 and step < self.steps
+    if step == self.steps:  # the test concludes; a choice has to know it, too
+      return bool(self.every) and self.config.eval.keep_best
+    return bool(self.every) and step % self.every == 0
 
   def _count(self, step, pace, most):
     """How many steps the next dispatch takes."""

@@ -217,6 +217,7 @@ def _concatenate(graph, eqn, *values):
 
 
 def joined(graph, values, axis, shape):
+  """Several values, one after the other along an axis."""
   values = [graph.full(x) for x in values]
   order = graph.prevailing(values)
   names = [graph.named(graph.arranged(x, order)) for x in values]

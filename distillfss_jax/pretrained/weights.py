@@ -82,7 +82,14 @@ def load(config, system: nnx.Module, variables: Mapping) -> dict:
     ValueError: it is damaged, of other weights, or does not fit; the message
       is the sorted difference.
   """
-  table = [row for row in system.sources(config) if row.source]
+  sources = system.sources(config)
+  for key in ('model.init', 'model.backbone.init'):
+    if _field(config, key) and key not in {row.key for row in sources}:
+      raise ValueError(
+        f'config.{key}={_field(config, key)!r}: system {config.system!r} reads '
+        'no such file; leave it empty'
+      )
+  table = [row for row in sources if row.source]
   patterns = tuple(_patterns(config.model.dont_load))
   if not table:
     if patterns:

@@ -30,7 +30,7 @@ class System(nnx.Module):
     trains: paths of the parameters that the optimiser moves; `systems.build`
       sets it.
     stacked: regular expressions of paths whose arrays have a leading axis of
-      ways, each of which is optimised on its own; see `seen`.
+      ways, each of which is optimised on its own; such a system has `seen`.
     coupled: whether the images of a batch see each other (batch statistics,
       norms over a batch, queues). `losses` then gets all items of a device at
       once, reaches those of the others over `items.axis`, and may change the
