@@ -100,6 +100,22 @@ def test_shots_per_class():
   assert chosen.tolist() == [0, 5, 4, 8, 9, 11]
 
 
+@pytest.mark.parametrize('rule', ['per_class', 'per_class_reference'])
+def test_no_image_is_drawn_for_two_classes(rule):
+  """Classes that always occur together, or nearly so, share no shot."""
+  present = np.ones((12, 3), bool)
+  for _ in range(2):
+    chosen, ids = support.choose(dataset(present), 9, rule=rule)
+    assert len(set(chosen.tolist())) == len(set(ids)) == len(chosen)
+    assert len(chosen) == (9 if rule == 'per_class' else 6)
+    present[::5, 1] = False  # not all of them
+  # 0, 11; then 1, 10 of what is left; then 2, 9.
+  chosen, _ = support.choose(dataset(np.ones((12, 3), bool)), 6, rule=rule[:9])
+  assert chosen.tolist() == [0, 11, 1, 10, 2, 9]
+  with pytest.raises(ValueError, match='made has 1 training images of it left'):
+    support.choose(dataset(np.ones((5, 3), bool)), 6, rule='per_class')
+
+
 @pytest.mark.parametrize(
   ('shots', 'rule', 'message'),
   [

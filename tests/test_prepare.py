@@ -7,11 +7,14 @@ import sys
 import threading
 import zipfile
 
+import numpy as np
 import pytest
+import test_data_copies
 from PIL import Image
 from tensorflow_datasets.core import shuffle
 from test_data_nucleus import pack, put, real_ids, tree
 
+from distillfss_jax import prepare as prepare_lib
 from distillfss_jax.data import builder, download
 from distillfss_jax.datasets import nucleus
 
@@ -253,3 +256,47 @@ def test_many_shards_and_no_tensorflow(tmp_path, monkeypatch):
       record = source[i]
       assert record['id'] == source.ids[i]
       assert record['image'].shape[:2] == tuple(source.sizes[i])
+
+
+def test_flags_of_a_folder(tmp_path):
+  """What masks mean, groups, and how large a picture may be, as one types."""
+  raw = put(test_data_copies.scenes(3, 2), tmp_path / 'raw', top='')
+  said = tmp_path / 'said.txt'
+  said.write_text('255 crack\n')
+  command = (
+    '--dataset', 'folder', '--raw', raw, '--data_dir', tmp_path / 'd',
+    '--name', 'tiles',
+  )  # fmt: skip
+  done = prepare(*command, '--group-by', r's\d', '--meaning', said)
+  assert done.returncode == 0, done.stderr
+  for part in (
+    'masks are taken to mean: 0 background, 255 crack',
+    '3 groups, none of them divided',
+    '4 train, 2 test',
+    f'look: {tmp_path}/d/tiles/classes.png, a picture of each class',
+    f'--config.data.args.data_dir={tmp_path}/d',
+  ):
+    assert part in done.stdout
+  assert 'near-copies' not in done.stdout
+  with Image.open(tmp_path / 'd' / 'tiles' / 'classes.png') as sheet:
+    assert min(sheet.size) > 192
+  assert 'does not take --group_by' in error(
+    prepare('--dataset', 'nucleus', '--raw', raw, '--group-by', 'x')
+  )
+  (raw / 'images' / 's0_e0.png').unlink()
+  Image.new('RGB', (1500, 1000)).save(raw / 'images' / 's0_e0.png')
+  command = (*command[:-1], 'other', '--max_megapixels', 1)
+  assert '--max_megapixels 2' in error(prepare(*command))
+
+
+def test_where_a_class_lies():
+  """The cut around it is a square inside the image, and not too small."""
+  mask = np.zeros((300, 200), bool)
+  mask[290:, :4] = True
+  assert prepare_lib._around(mask) == (slice(236, 300), slice(0, 64))
+  mask[:] = True
+  rows, columns = prepare_lib._around(mask)
+  assert mask[rows, columns].shape == mask.shape
+  mask[:] = False
+  mask[100:150, 60:80] = True
+  assert prepare_lib._around(mask) == (slice(75, 175), slice(20, 120))

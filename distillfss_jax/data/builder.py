@@ -20,9 +20,9 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow_datasets as tfds
 
-from distillfss_jax.data import copies, download, prepared
+from distillfss_jax.data import borders, copies, download, prepared
 
-_PART = 1 << 20  # pixels that are looked at at a time
+_LARGE = 1 << 24  # pixels: so large images are written one by one
 SHARD = 1 << 29  # bytes of decoded images in a file of records
 
 
@@ -103,9 +103,12 @@ class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
   def _records(self, split, first, checked):
     if not first:
       self._bar = download.bar([], f'writing {split}', len(self.splits[split]))
-    encoded = download.ahead(
-      lambda one: one.image(), checked, lambda one: one.whole
-    )
+    if max(one.size[0] * one.size[1] for one in checked) > _LARGE:
+      encoded = (one.image() for one in checked)
+    else:
+      encoded = download.ahead(
+        lambda one: one.image(), checked, lambda one: one.whole
+      )
     numbered = enumerate(zip(checked, encoded, strict=True), first)
     for i, (one, image) in numbered:
       self._digests[split, i] = prepared.digest(one.id, image, one.label)
@@ -188,7 +191,7 @@ def check(layout, *, skip_bad):
       pixels.shape[:2],
       areas,
       int(counts[255]),
-      _edges(made) if len(areas) > 1 else dict.fromkeys(areas, 0),
+      _edges(made, areas) if len(areas) > 1 else dict.fromkeys(areas, 0),
       '' if blank else _digest(raw),
       _digest(np.ascontiguousarray(made)) if areas else '',
       copies.look(pixels),
@@ -225,32 +228,20 @@ def _digest(array):
   return hashlib.blake2b(array, digest_size=16).hexdigest()
 
 
-def _edges(label):
-  """Counts the pixels of each class that part two others: {label: pixels}.
+def _edges(label, areas):
+  """Counts the pixels of `areas` that part two other labels: {label: pixels}.
 
   They lie within two pixels of two other labels, as the soft edges of objects
   do, or their painted outlines. Void is no label here.
   """
   found = np.zeros(256, np.int64)
-  steps = [(0, 1), (1, 0), (0, 2), (2, 0), (2, 2), (2, -2)]
-  steps += [(-y, -x) for y, x in steps]
-  # A row of strips with two more rows on each side; void is 0, background 1.
-  padded = np.pad(label + np.uint8(1), 2, mode='edge')
-  height, width = label.shape
-  rows = max(1, _PART // width)
-  for top in range(0, height, rows):
-    end = min(top + rows, height)
-    here = padded[top + 2 : end + 2, 2:-2]
-    high = np.zeros_like(here)
-    low = np.full_like(here, 255)
-    for y, x in steps:
-      there = padded[top + 2 + y : end + 2 + y, 2 + x : 2 + x + width]
-      other = np.where(there == here, 0, there)
-      np.maximum(high, other, out=high)
-      np.minimum(low, np.where(other, other, 255), out=low)
-    parts = here[(low < high) & (high > 0)]
-    found += np.bincount(parts - np.uint8(1), minlength=256)
-  return {int(v): int(found[v]) for v in np.unique(label) if 0 < v < 255}
+  for here, around in borders.met(label, borders.WIDE):
+    around = around.astype(np.int16)
+    other = np.where((around == here) | (around == 255), 0, around + 1)
+    high = other.max(0)
+    low = np.where(other, other, 256).min(0)
+    found += np.bincount(here[low < high], minlength=256)
+  return {label: int(found[label]) for label in areas}
 
 
 def prepare(builder, layout, raw, data_dir, *, skip_bad=False, **options):
@@ -291,6 +282,12 @@ def prepare(builder, layout, raw, data_dir, *, skip_bad=False, **options):
     return done, False
   with download.Files(raw, builder.DOWNLOAD) as files:
     _check_place(place, files.root)
+    if files.odd:
+      logging.warning(
+        '%d files are not used, their names are no text (UTF-8): %s',
+        len(files.odd),
+        download.few(files.odd),
+      )
     found = layout(files)
     counts = np.atleast_1d(builder.COUNT or []).tolist()
     if counts and len(found.ids) not in counts:

@@ -6,7 +6,6 @@ import contextlib
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import pathlib
@@ -110,6 +109,7 @@ class Files:
   """A download as its owners publish it: a folder, or a zip read in place.
 
   names: paths of its files, sorted, with '/'; hidden ones are left out.
+  odd: those whose names are no text, as they can be shown; they are not used.
   root: the folder, or None for a zip.
   """
 
@@ -133,12 +133,7 @@ class Files:
       raise ValueError(f'{path} does not exist: {download}')
     names = sorted(x for x in names if not _hidden(x))
     self.names = tuple(x for x in names if _is_text(x))
-    if odd := [ascii(x) for x in names if not _is_text(x)]:
-      logging.warning(
-        '%d files are not used, their names are no text (UTF-8): %s',
-        len(odd),
-        few(odd),
-      )
+    self.odd = tuple(ascii(x) for x in names if not _is_text(x))
 
   def __enter__(self):
     return self

@@ -320,7 +320,8 @@ class LabelMe(_Form):
     label = np.zeros(size, np.uint8)
     for name, kind, shape in shapes:
       with download.guard(f'{self._of[id_]}: {name!r}', 'cannot be painted'):
-        label[_shape(kind, shape, size)] = self._labels[name]
+        made = _shape(kind, shape, size, self._of[id_])
+        label[made] = self._labels[name]
     return label
 
 
@@ -335,7 +336,7 @@ def _labelme(name, said):
     return (height, width) if height and width else None, shapes
 
 
-def _shape(kind, said, size):
+def _shape(kind, said, size, name):
   """One shape of LabelMe as bool [H, W]."""
   points = np.array(said['points'], np.float64).reshape(-1, 2)
   if kind == 'polygon':
@@ -351,7 +352,8 @@ def _shape(kind, said, size):
       radius = np.hypot(right - left, bottom - top)
       return masks.fill(points[0] + radius * rim, size)
     drawn = np.zeros(size, bool)
-    part = download.decode(base64.b64decode(said['mask']), 'mask', 'L') > 0
+    contents = base64.b64decode(said['mask'])
+    part = download.decode(contents, f'a mask in {name}', 'L') > 0
     top, left = round(top), round(left)
     if min(top, left) < 0:
       raise ValueError('its mask lies outside the image')
@@ -412,7 +414,8 @@ class Yolo(_Form):
     label = np.zeros(size, np.uint8)
     for number, outline in self._read[id_]:
       with download.guard(self._of[id_], 'cannot be painted'):
-        points = outline * [size[1], size[0]]
+        # Such files have six digits: less is no part of a pixel.
+        points = (outline * [size[1], size[0]]).round(2)
         label[masks.fill(points, size)] = self._labels[number]
     return label
 

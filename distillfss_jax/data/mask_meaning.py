@@ -13,11 +13,9 @@ import re
 import typing
 
 import numpy as np
-from scipy import ndimage
 
-from distillfss_jax.data import download
+from distillfss_jax.data import borders, download
 
-_PART = 1 << 20  # pixels that are looked at at a time
 _MOST = 32  # values or colours that are still taken for classes
 _KEPT = 4096  # colours of one mask that are looked at: far too many
 _VOID = ('void', 'ignore')
@@ -319,10 +317,9 @@ def survey(contents, name):
   """
   mask = decode(contents, name)
   values, counts = _count(mask.values)
-  between = inner = np.zeros(len(values), np.int64)
-  flat = 0
+  between, inner, flat = np.zeros(len(values), np.int64), counts, 0
   if 2 < len(values) <= _KEPT:
-    between, inner, flat = _between(mask, values)
+    between, inner, flat = _between(mask, values, counts)
   if len(values) > _KEPT:  # too many in any case: keep the frequent ones
     most = np.sort(np.argsort(-counts, kind='stable')[:_KEPT])
     values, counts = values[most], counts[most]
@@ -345,36 +342,44 @@ def _count(values):
   return found, np.array([total[x] for x in found.tolist()], np.int64)
 
 
-def _between(mask, found):
-  """Looks where values lie: pixels of each in `found`, twice, and flat ones.
+def _between(mask, found, counts):
+  """Looks where the values of a mask lie; the last three of a `Seen`.
 
-  The first lie between their neighbours, in every channel that changes there:
-  so does what smoothing makes of an edge. For the others see `Seen`.
+  Those between their neighbours are so in every channel that changes there:
+  that is what smoothing makes of an edge.
+
+  Args:
+    mask: a Mask.
+    found: its distinct values, sorted.
+    counts: pixels of each.
   """
-  counts, flat = np.zeros((2, len(found)), np.int64), 0
-  values = np.pad(mask.values, 1, mode='edge')
-  rows = max(1, _PART // values.shape[1])
-  for top in range(0, len(mask.values), rows):
-    part = values[top : top + rows + 2]
-    between, same = True, True
-    drawn = mask.palette[part] if mask.kind == 'index' else part
-    shifts = (0,) if mask.kind == 'grey' else (16, 8, 0)
-    for shift in shifts:
+  between, inner, flat = np.zeros(len(found), np.int64), counts.copy(), 0
+  lossy = mask.lossy and mask.kind == 'grey'
+  for values, around in borders.met(mask.values, borders.NEXT):
+    every = np.concatenate([values[None], around])
+    drawn = mask.palette[every] if mask.kind == 'index' else every
+    blends = True
+    for shift in (0,) if mask.kind == 'grey' else (16, 8, 0):
       channel = drawn if mask.kind == 'grey' else drawn >> shift & 255
-      low = ndimage.minimum_filter(channel, 3)
-      high = ndimage.maximum_filter(channel, 3)
-      inside = (low < channel) & (channel < high)
-      between &= inside | (low == high)
-      same &= low == high
-      if mask.lossy and mask.kind == 'grey':
-        even = (channel >= 48) & (channel < 208)
-        even &= high.astype(np.int16) - low <= 24
-        flat += int(even[1:-1, 1:-1].sum())
-    for i, where in enumerate((between & ~same, same)):
-      of = part[1:-1, 1:-1][where[1:-1, 1:-1]]
-      at = np.searchsorted(found, of)
-      counts[i] += np.bincount(at, minlength=len(found))
-  return *counts, flat
+      low, high = channel.min(0), channel.max(0)
+      inside = (low < channel[0]) & (channel[0] < high)
+      blends &= inside | (low == high)
+    at = np.searchsorted(found, values)
+    inner -= np.bincount(at, minlength=len(found))
+    # Indices may differ and be drawn alike: these are no blends.
+    blends &= (drawn != drawn[0]).any(0)
+    between += np.bincount(at[blends], minlength=len(found))
+    if lossy:
+      span = every.max(0).astype(int) - every.min(0)
+      flat += int(((span <= 24) & _is_mid(values)).sum())
+  if lossy:
+    flat += int(inner[_is_mid(found)].sum())
+  return between, inner, flat
+
+
+def _is_mid(values):
+  """Whether grey values are neither black nor white."""
+  return (values >= 48) & (values < 208)
 
 
 # ---------------------------------------------------- what mask values mean

@@ -140,6 +140,8 @@ def _check(made):
   if len(made['palette']) != ways + 1 or not isinstance(made['skipped'], dict):
     raise ValueError('it has not a colour for each class, or no skipped')
   # What an older version wrote has no seal.
+  if not isinstance(made['records'], list) or not made['records']:
+    raise ValueError('it has no list of records')
   there = {}
   for row in made['records']:
     there.setdefault(row['split'], []).append(row['index'])

@@ -159,9 +159,8 @@ def prepare(
       options['contents'], stamp = _contents(files), _stamp(files)
       # Files that nobody has written to since then are not read again, and what
       # an older version prepared cannot be compared.
-      if done is None or (
-        'checksum' in done['options'] and stamp != done.get('stamp')
-      ):
+      untouched = stamp and done and stamp == done.get('stamp')
+      if done is None or ('checksum' in done['options'] and not untouched):
         options['checksum'] = _checksum(files)
 
   def layout(files):
