@@ -165,7 +165,9 @@ def show_episodes(dataset, data_dir):
   module = datasets.module(dataset)
   if not hasattr(module, 'pool'):
     return None
-  pool = module.pool(data_dir=data_dir)
+  known = inspect.signature(module.pool).parameters
+  options = {'data_dir': data_dir} if 'data_dir' in known else {}
+  pool = module.pool(**options)
   table = episodes.listed(pool, shots=1, rule='pair')
   table = table[np.linspace(0, len(table) - 1, _SHOWN).round().astype(int)]
   recipe = augment.get('none')
