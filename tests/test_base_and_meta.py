@@ -216,22 +216,22 @@ def test_queries_share_a_memory(two_shot):
 
 
 @functools.cache
-def _trained(kind):
-  """Answers with dropout twice, with another key, and without."""
+def _answered(kind):
+  """A model, queries, and what it says of them."""
   model = episodes.tiny(kind)
   inputs = episodes.scene_of(1, episodes=2)
-
-  @jax.jit
-  def run(model, train_key):
-    keys = jax.random.split(train_key, 2)
-    return episodes.answer(model, *inputs, train=True, keys=keys)[0]
-
-  runs = [run(model, jax.random.key(seed)) for seed in (0, 0, 1)]
-  return runs, jax.jit(episodes.answer)(model, *inputs)[0]
+  return model, inputs, jax.jit(episodes.answer)(model, *inputs)[0]
 
 
 def test_dropout_follows_its_key(kind):
-  (first, again, other), exact = _trained(kind)
+  model, inputs, exact = _answered(kind)
+
+  @jax.jit
+  def run(model, key):
+    keys = jax.random.split(key, 2)
+    return episodes.answer(model, *inputs, train=True, keys=keys)[0]
+
+  first, again, other = (run(model, jax.random.key(i)) for i in (0, 0, 1))
   for part in core.Answers._fields:
     a, b, c, d = (getattr(x, part) for x in (first, again, other, exact))
     np.testing.assert_array_equal(a, b)
@@ -255,43 +255,39 @@ def test_gradients_are_finite_without_foreground(kind):
     assert np.isfinite(x).all(), path
 
 
-def test_masks_of_another_size_and_whole_numbers(kind):
-  model = episodes.tiny(kind)
-  _, _, masks = episodes.scene_of(1)
+def test_masks_of_another_size_and_whole_numbers(two_shot):
+  _, _, masks = episodes.scene_of(2)
   rng = np.random.default_rng(0)
   query, support = (
     rng.integers(0, 256, shape, np.uint8)
-    for shape in ((1, 33, 33, 3), (1, 1, 33, 33, 3))
+    for shape in ((1, 33, 33, 3), (1, 2, 33, 33, 3))
   )
   large = masks.repeat(2, 2).repeat(2, 3)
   present = _everywhere(masks)
-  found = episodes.segment(model, query, support, large, present)
+  found = episodes.segment(two_shot, query, support, large, present)
   assert found.shape == (1, 33, 33, 2)
   assert np.isfinite(found).all()
 
 
-def test_half_precision_answers(kind):
-  exact = episodes.tiny(kind)
-  half = episodes.tiny(kind, dtype='bfloat16')
-  query, support, masks = episodes.scene_of(1)
+def test_half_precision_answers(kind, two_shot):
+  half = episodes.tiny(kind, shots=2, dtype='bfloat16')
+  query, support, masks = episodes.scene_of(2)
   present = _everywhere(masks)
   a, b = (
     episodes.segment(model, query, support, masks, present)
-    for model in (exact, half)
+    for model in (two_shot, half)
   )
   assert b.dtype == jnp.float32
   np.testing.assert_allclose(a, b, atol=0.1 * float(jnp.abs(a).max()))
 
 
 def test_base_learner_inside_is_pspnet(kind):
-  model = episodes.tiny(kind)
-  query, support, masks = episodes.scene_of(1)
-  answers, *_ = jax.jit(episodes.answer)(model, query, support, masks)
+  model, (query, _, _), answers = _answered(kind)
   alone = episodes.build(pspnet.PSPNet, 'resnet_tiny_deep')
   held = params.flatten(model)
   params.set_params(alone, {path: held[path] for path in params.shapes(alone)})
   logits = jax.jit(lambda m, x: m(x))(alone, query)
-  assert logits.shape == (1, 33, 33, episodes.CLASSES)
+  assert logits.shape == (2, 33, 33, episodes.CLASSES)
   # Corners aligned: every eighth pixel is a feature's own.
   np.testing.assert_allclose(logits[:, ::8, ::8], answers.base, atol=1e-4)
 

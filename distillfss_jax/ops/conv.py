@@ -83,9 +83,20 @@ def _conv_for_cpu(x, kernel, form):
 
   XLA's own gradient convolutions are up to forty times slower than the forward
   one inside a loop. As matrix products and a forward convolution they run at
-  the machine's rate everywhere.
+  the machine's rate everywhere. Depthwise ones are sums of shifted products,
+  a hundredth of the time of XLA's loop.
   """
-  return _conv(x, kernel, form)
+  stride, pads, dilation, groups = form
+  size, _, c, d = kernel.shape
+  if not (c == 1 and d == groups):
+    return _conv(x, kernel, form)
+  out = [
+    (n + low + high - dilation * (size - 1) - 1) // stride + 1
+    for n, (low, high) in zip(x.shape[1:3], pads, strict=True)
+  ]
+  shifts = _shifts(x, size, form, out)
+  taps = kernel.reshape(size * size, d)
+  return sum(shift * tap for shift, tap in zip(shifts, taps, strict=True))
 
 
 def _conv_for_cpu_fwd(x, kernel, form):
@@ -110,7 +121,7 @@ def _conv_for_cpu_bwd(form, residuals, dy):
   spread = jax.lax.pad(
     dy, jnp.zeros((), dy.dtype), ((0, 0, 0), gap, gap, (0, 0, 0))
   )
-  dx = _conv(spread, turned, (1, tuple(back), dilation, groups))
+  dx = _conv_for_cpu(spread, turned, (1, tuple(back), dilation, groups))
   keeps = stride == 1 and all(pad == (reach / 2,) * 2 for pad in pads)
   if groups == 1 and keeps and (d < c or c >= 1024):
     # One product with all shifts of the narrower side next to each other.
@@ -122,6 +133,8 @@ def _conv_for_cpu_bwd(form, residuals, dy):
   if groups == 1:
     flat = dy.reshape(-1, d)
     dk = jnp.stack([shift.reshape(-1, c).T @ flat for shift in shifts])
+  elif c == 1 and d == groups:
+    dk = jnp.stack([(shift * dy).sum((0, 1, 2)) for shift in shifts])
   else:
     parts = dy.reshape(-1, groups, d // groups)
     dk = jnp.stack(
@@ -157,7 +170,8 @@ def _depthwise_for_cpu(x, kernel, form):
 def _shifts(x, size, form, out):
   """What each tap of a kernel reads of x, row by row: size**2 arrays."""
   stride, pads, dilation, _ = form
-  x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+  edges = ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0))
+  x = jax.lax.pad(x, jnp.zeros((), x.dtype), edges)  # also of less than 0
   rows, cols = ((n - 1) * stride + 1 for n in out)
   return [
     x[:, i : i + rows : stride, j : j + cols : stride]
