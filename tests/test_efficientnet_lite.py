@@ -75,10 +75,16 @@ def _close(ours, theirs, tolerance):
   assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
+def _golden(shared):
+  """The arrays of the golden, read whole."""
+  with np.load(shared('goldens/efficientnet_lite/lite0_golden.npz')) as file:
+    return dict(file)
+
+
 @pytest.mark.parametrize('case', _SIZES)
 @pytest.mark.parametrize('variant', ['lite0', 'lite1', 'lite2'])
 def test_golden(shared, variant, case):
-  golden = np.load(shared('goldens/efficientnet_lite/lite0_golden.npz'))
+  golden = _golden(shared)
   images = _pattern(*_SIZES[case])
   maps = [stage[0, -1] for stage in _encode(_backbone(variant), images)]
   maps = [np.asarray(x, np.float64) for x in maps]
@@ -115,7 +121,7 @@ def test_a_photograph_that_matplotlib_brings():
 
 @pytest.mark.parametrize('whole', [True, False])
 def test_the_photograph_of_the_goldens(shared, whole):
-  golden = np.load(shared('goldens/efficientnet_lite/lite0_golden.npz'))
+  golden = _golden(shared)
   found = importlib.util.find_spec('skimage')
   if found is None:
     pytest.skip('needs the photograph that scikit-image brings')
