@@ -108,7 +108,7 @@ def get_config() -> ConfigDict:
   config.loss.scale = 'reference'  # sum over episodes / 3 | mean
 
   config.optim.trainable = ('D', 'student')
-  config.eval.brightness = False  # also score a brightness threshold
+  config.eval.brightness = False  # also score thresholds: fitted, and Otsu's
   return config.lock()
 
 

@@ -463,8 +463,12 @@ def score_table(results: dict) -> str:
     (f'untrained {role}', first, numbers)
     for role, numbers in references.get('untrained', {}).items()
   ]
-  if 'brightness' in references:
-    rows.append(('brightness threshold', first, references['brightness']))
+  for name, said in (
+    ('brightness', 'brightness threshold'),
+    ('otsu', "Otsu's rule"),
+  ):
+    if name in references:
+      rows.append((said, first, references[name]))
   table = results_lib.table(
     [
       (who, where, *(numbers.get(name) for name in columns))

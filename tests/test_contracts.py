@@ -268,7 +268,7 @@ def test_a_dataset_can_be_loaded_and_says_how(name):
   [x for x in datasets.names() if not hasattr(datasets.module(x), 'prepare')],
 )
 def test_embedded_data_are_a_dataset(name):
-  made = datasets.load(name, num_train=3, num_test=2, image_size=32)
+  made = datasets.load(name, num_train=3, num_test=2, image_size=64)
   assert isinstance(made, core.Dataset)
   assert len(made.palette) == 1 + len(made.classes)
   for source in (made.train, made.test):

@@ -308,13 +308,9 @@ def test_records_may_be_larger_than_raw_images_may(copied, monkeypatch):
 
 
 def test_where_it_was_looked_for(tmp_path):
-  with pytest.raises(
-    FileNotFoundError, match=r'--config\.data\.args\.data_dir'
-  ):
+  with pytest.raises(FileNotFoundError, match=r'args\.data_dir'):
     folder.load(tmp_path, 'mine')
-  with pytest.raises(
-    FileNotFoundError, match=r'--config\.data\.args\.data_dir'
-  ):
+  with pytest.raises(FileNotFoundError, match=r'args\.data_dir'):
     nucleus.load(tmp_path)
   with pytest.raises(ValueError, match=r'folder\.py:name=my_cells') as caught:
     folder.load(tmp_path)

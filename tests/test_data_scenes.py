@@ -223,7 +223,7 @@ def test_a_source_task_takes_it():
   config.data.name = 'scenes'
   with config.unlocked():
     config.data.args = {'num_train': 40, 'image_size': 64, 'fold': 2}
-  task = tasks.build(config)
+  task, _ = tasks.load(config)
   assert isinstance(task.train, core.Pool)
   assert set(task.held_out.values) == labels_of(2)
   assert not set(task.train.values) & labels_of(2)

@@ -218,7 +218,8 @@ def test_both_name_schemes_fill_the_same(variant):
     path: np.full(shape, i, np.float32)
     for i, (path, shape) in enumerate(shapes.items())
   }
-  file = params.to_torch(arrays, lite.TORCH_NAMES) | lite.torch_unused(backbone)
+  file = params.to_torch(arrays, lite.TORCH_NAMES)
+  file |= backbone.torch_unused(file)
   blocks = lite.scaled(*lite._SCALES[variant])[1]
   timm = {_timm_name(name, blocks): x for name, x in file.items()}
   assert len(timm) == len(file)
@@ -237,7 +238,7 @@ def test_what_is_written_is_what_the_files_have():
   written = params.to_torch(arrays, lite.TORCH_NAMES)
   for name, x in written.items():
     np.testing.assert_array_equal(x, tensors[name])
-  unused = lite.torch_unused(backbone)
+  unused = backbone.torch_unused(written)
   assert written.keys() | unused.keys() == tensors.keys()
   for name, x in unused.items():
     assert x.shape == tensors[name].shape

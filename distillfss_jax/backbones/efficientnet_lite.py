@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from distillfss_jax import layers
+from distillfss_jax.backbones import base
 from distillfss_jax.types import Array
 
 EPSILON = 1e-3
@@ -169,7 +170,7 @@ class Block(nnx.Module):
     return x + y if self.residual else y
 
 
-class EfficientNetLite(nnx.Module):
+class EfficientNetLite(base.Backbone):
   """EfficientNet-Lite without its head.
 
   Blocks of one stride differ in width (of lite0's six at stride 16, three have
@@ -225,6 +226,24 @@ class EfficientNetLite(nnx.Module):
         )
         inputs = outputs
 
+  def torch_tables(self):
+    names, timms = TABLES
+    return {'efficientnet_lite_pytorch': names, 'timm': timms}
+
+  def torch_unused(self, tensors):
+    """The head and the classifier, empty, and the norms' counts of batches."""
+    head = {
+      '_conv_head.weight': (HEAD, self.channels[-1], 1, 1),
+      '_fc.weight': (CLASSES, HEAD),
+      '_fc.bias': (CLASSES,),
+      **{
+        f'_bn1.{name}': (HEAD,)
+        for name in ('weight', 'bias', 'running_mean', 'running_var')
+      },
+    }
+    empty = {name: np.zeros(shape, np.float32) for name, shape in head.items()}
+    return empty | layers.torch_counts({**tensors, **empty})
+
   def __call__(
     self, images: Array, *, train: bool = False, key: Array | None = None
   ) -> tuple[Array, ...]:
@@ -251,36 +270,6 @@ def _stack(maps):
   return jnp.stack(
     [jnp.pad(x, (*fill, (0, widest - x.shape[-1]))) for x in maps], 1
   )
-
-
-def torch_buffers(backbone: EfficientNetLite) -> dict[str, np.ndarray]:
-  """What PyTorch keeps beside the parameters: here, nothing that counts."""
-  del backbone
-  return {}
-
-
-def torch_unused(backbone: EfficientNetLite) -> dict[str, np.ndarray]:
-  """What the files hold and is not read here, {torch name: array}.
-
-  The head and classifier, empty; and the norms' counts of batches.
-  """
-  norms = ['_bn0', '_bn1']
-  for i, block in enumerate(backbone.blocks):
-    first = 0 if block.expand is not None else 1
-    norms += [f'_blocks.{i}._bn{j}' for j in range(first, 3)]
-  head = {
-    '_conv_head.weight': (HEAD, backbone.channels[-1], 1, 1),
-    '_fc.weight': (CLASSES, HEAD),
-    '_fc.bias': (CLASSES,),
-    **{
-      f'_bn1.{name}': (HEAD,)
-      for name in ('weight', 'bias', 'running_mean', 'running_var')
-    },
-  }
-  return {
-    **{f'{name}.num_batches_tracked': np.zeros((), np.int64) for name in norms},
-    **{name: np.zeros(shape, np.float32) for name, shape in head.items()},
-  }
 
 
 variants = {

@@ -100,7 +100,9 @@ def load(
   parts = (
     Scenes(x, counts[x], image_size, labels, exclusive, seed) for x in PARTS
   )
-  return core.select(core.Dataset('scenes', CLASSES, PALETTE, *parts), labels)
+  return core.with_classes(
+    core.Dataset('scenes', CLASSES, PALETTE, *parts), labels
+  )
 
 
 def pool(

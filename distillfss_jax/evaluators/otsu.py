@@ -23,7 +23,7 @@ def score(
   name = int(np.bincount(shown, minlength=2).argmax())
   confusion = metrics.Confusion.empty(classes)
   batches = pipeline.test_batches(
-    dataset, image_size=image_size, batch_size=8, native=False
+    dataset.test, image_size=image_size, batch_size=8, native=False
   )
   for batch in batches:
     for row in np.flatnonzero(batch['valid']):

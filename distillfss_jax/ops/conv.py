@@ -52,8 +52,6 @@ def conv2d(
   form = (stride, pads, dilation, groups)
   if jax.default_backend() != 'cpu':
     y = _conv(flat, kernel, form)
-  elif groups == x.shape[-1] == kernel.shape[-1]:
-    y = _depthwise_for_cpu(flat, kernel, form)
   else:
     y = _conv_for_cpu(flat, kernel, form)
   return y.reshape(*x.shape[:-3], *y.shape[1:])
@@ -147,24 +145,6 @@ def _conv_for_cpu_bwd(form, residuals, dy):
 
 
 _conv_for_cpu.defvjp(_conv_for_cpu_fwd, _conv_for_cpu_bwd)
-
-
-def _depthwise_for_cpu(x, kernel, form):
-  """A depthwise convolution as one multiply-add per tap, which fuse.
-
-  XLA's grouped convolutions take 10 to 60 times as long on a CPU, and their
-  gradients 3 to 30 times, in all shapes of EfficientNet-Lite.
-  """
-  stride, pads, dilation, _ = form
-  size = kernel.shape[0]
-  reach = dilation * (size - 1)
-  out = [
-    (n + sum(pad) - reach - 1) // stride + 1
-    for n, pad in zip(x.shape[1:3], pads, strict=True)
-  ]
-  shifts = _shifts(x, size, form, out)
-  taps = kernel.reshape(size * size, -1)
-  return sum(x * tap for x, tap in zip(shifts, taps, strict=True))
 
 
 def _shifts(x, size, form, out):

@@ -244,8 +244,8 @@ def _installed(source, entry):
   found = importlib.util.find_spec(entry.package.replace('-', '_'))
   if found is None:
     raise FileNotFoundError(
-      f'{source} comes as a Python package, which is not installed: pip install '
-      f'{entry.package}'
+      f'{source} comes as a Python package, which is not installed: pip '
+      f'install {entry.package}'
     )
   path = pathlib.Path(found.origin).parent / entry.file
   if not path.is_file():

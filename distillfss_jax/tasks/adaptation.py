@@ -10,7 +10,7 @@ import numpy as np
 from distillfss_jax import datasets, parallel
 from distillfss_jax.data import pipeline
 from distillfss_jax.data import support as support_lib
-from distillfss_jax.evaluators import brightness, images, metrics
+from distillfss_jax.evaluators import brightness, images, metrics, otsu
 from distillfss_jax.evaluators.base import Protocol
 from distillfss_jax.systems.base import masks_of
 from distillfss_jax.tasks import base
@@ -164,6 +164,10 @@ class Task(base.Task):
         data.dataset, data.support, image_size=config.data.image_size
       )
       found['brightness'] = confusion.scores(data.classes)
+      confusion = otsu.score(
+        data.dataset, data.support, image_size=config.data.image_size
+      )
+      found['otsu'] = confusion.scores(data.classes)
     return found
 
   def show_begin(self):
