@@ -224,7 +224,7 @@ def test_both_name_schemes_fill_the_same(variant):
   timm = {_timm_name(name, blocks): x for name, x in file.items()}
   assert len(timm) == len(file)
   for tensors in (file, timm):
-    rules = _claimed(tensors, lite.TABLES)
+    rules = _claimed(tensors, backbone.torch_tables().values())
     found = params.from_torch(tensors, rules, shapes)
     assert found.keys() == arrays.keys()
     for path, x in found.items():

@@ -119,17 +119,6 @@ def _timm_names(blocks):
   )
 
 
-# A table of a deeper variant has a row for each name of a shallower one, with
-# other paths: of those that claim all names, the first is the variant's own.
-TABLES = (
-  TORCH_NAMES,
-  *(
-    _timm_names(blocks)
-    for blocks in dict.fromkeys(scaled(*x)[1] for x in _SCALES.values())
-  ),
-)
-
-
 class Unit(nnx.Module):
   """A convolution without bias and its norm; ReLU6 where it is `active`."""
 
@@ -202,6 +191,7 @@ class EfficientNetLite(base.Backbone):
     if finest not in (2, 4):
       raise ValueError(f'finest is {finest}; the pyramid begins at 2 or 4')
     channels, blocks = scaled(width, depth)
+    self.repeats = blocks
     first = 0 if finest == 2 else 1
     groups = _STRIDES[first:]
     self.depths = tuple(sum(blocks[i] for i in group) for group in groups)
@@ -227,8 +217,9 @@ class EfficientNetLite(base.Backbone):
         inputs = outputs
 
   def torch_tables(self):
-    names, timms = TABLES
-    return {'efficientnet_lite_pytorch': names, 'timm': timms}
+    # timm numbers blocks by stage, which is another table for each depth.
+    own = _timm_names(self.repeats)
+    return {'efficientnet_lite_pytorch': TORCH_NAMES, 'timm': own}
 
   def torch_unused(self, tensors):
     """The head and the classifier, empty, and the norms' counts of batches."""
