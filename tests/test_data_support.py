@@ -114,7 +114,7 @@ def test_no_image_is_drawn_for_two_classes(rule):
   assert chosen.tolist() == [0, 11, 1, 10, 2, 9]
   few = np.ones((6, 3), bool)
   few[3:, 2] = False  # of 0, 1, 2 only 2 is left
-  with pytest.raises(ValueError, match="class 'c' .* made has 1 training"):
+  with pytest.raises(ValueError, match=r"class 'c' .* made has 1 training"):
     support.choose(dataset(few), 6, rule='per_class')
 
 
