@@ -177,7 +177,9 @@ def saved(path: str | os.PathLike) -> dict[str, Any]:
     OSError: it cannot be read.
   """
   found = {renamed(k): v for k, v in flat(files.read_json(path)).items()}
-  return {**ADDED, **found}
+  groups = {key.rpartition('.')[0] for key in found}
+  added = {k: v for k, v in ADDED.items() if k.rpartition('.')[0] in groups}
+  return {**added, **found}
 
 
 def flat(config: ConfigDict | Mapping) -> dict[str, Any]:

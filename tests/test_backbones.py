@@ -465,8 +465,8 @@ def test_basic_blocks_dilate_both_convolutions():
 
 
 def _resnet_of(**fields):
-  fields = {'depths': (1, 1, 1, 1), 'rngs': nnx.Rngs(0)} | fields
-  return nnx.eval_shape(lambda: resnet.ResNet(**fields))
+  fields = {'depths': (1, 1, 1, 1)} | fields
+  return nnx.eval_shape(lambda: resnet.ResNet(rngs=nnx.Rngs(0), **fields))
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def test_golden(shared, fixture):
     parity.assert_close(golden, 'w', weights)
 
 
+@pytest.mark.slow
 def test_golden_training(shared):
   path = shared('goldens/hdmnet_ifa_bam/train_bam_1shot_97.json')
   golden = json.loads(path.read_text())

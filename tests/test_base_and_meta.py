@@ -30,6 +30,7 @@ def _everywhere(masks):
 
 
 # What the originals count: tensors of a file, and numbers of a model.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('kind', 'backbone', 'shots', 'tensors', 'numbers'),
   [
@@ -50,6 +51,7 @@ def test_files_of_the_originals(kind, backbone, shots, tensors, numbers):
   assert params.count(nnx.state(model, nnx.Param)) == numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('backbone', 'tensors', 'numbers'),
   [('resnet50_deep', 692, 46_713_808), ('vgg16', 214, 19_714_128)],
@@ -164,6 +166,7 @@ def test_only_staged_backbones(kind):
     )
 
 
+@pytest.mark.slow
 def test_ways_do_not_see_each_other(two_shot):
   """Two ways at once are each way alone, with the shots that show it."""
   query, support, masks = episodes.scene_of(4, ways=2)
@@ -188,6 +191,7 @@ def test_ways_do_not_see_each_other(two_shot):
   np.testing.assert_allclose(both[..., 0], background, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_more_shots_come_in_rounds(two_shot):
   """Three shots: two, then the last twice; the largest of both counts."""
   query, support, masks = episodes.scene_of(3)
@@ -205,6 +209,7 @@ def test_more_shots_come_in_rounds(two_shot):
   np.testing.assert_allclose(whole, np.maximum(*rounds), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_queries_share_a_memory(two_shot):
   query, support, masks = episodes.scene_of(2, episodes=2)
   present = _everywhere(masks)[:1]
@@ -223,6 +228,7 @@ def _answered(kind):
   return model, inputs, jax.jit(episodes.answer)(model, *inputs)[0]
 
 
+@pytest.mark.slow
 def test_dropout_follows_its_key(kind):
   model, inputs, exact = _answered(kind)
 
@@ -241,6 +247,7 @@ def test_dropout_follows_its_key(kind):
     assert np.isfinite(a).all()
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_without_foreground(kind):
   model = episodes.tiny(kind)
   query, support, masks = episodes.scene_of(1)
@@ -255,6 +262,7 @@ def test_gradients_are_finite_without_foreground(kind):
     assert np.isfinite(x).all(), path
 
 
+@pytest.mark.slow
 def test_masks_of_another_size_and_whole_numbers(two_shot):
   _, _, masks = episodes.scene_of(2)
   rng = np.random.default_rng(0)
@@ -269,6 +277,7 @@ def test_masks_of_another_size_and_whole_numbers(two_shot):
   assert np.isfinite(found).all()
 
 
+@pytest.mark.slow
 def test_half_precision_answers(kind, two_shot):
   half = episodes.tiny(kind, shots=2, dtype='bfloat16')
   query, support, masks = episodes.scene_of(2)
@@ -281,6 +290,7 @@ def test_half_precision_answers(kind, two_shot):
   np.testing.assert_allclose(a, b, atol=0.1 * float(jnp.abs(a).max()))
 
 
+@pytest.mark.slow
 def test_base_learner_inside_is_pspnet(kind):
   model, (query, _, _), answers = _answered(kind)
   alone = episodes.build(pspnet.PSPNet, 'resnet_tiny_deep')
@@ -292,6 +302,7 @@ def test_base_learner_inside_is_pspnet(kind):
   np.testing.assert_allclose(logits[:, ::8, ::8], answers.base, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_pspnet_trains_its_norms():
   model = episodes.tiny(pspnet.PSPNet)
   images = episodes.scene_of(1, episodes=3)[0]

@@ -18,6 +18,7 @@ _FIXTURES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fixture', _FIXTURES, ids=lambda x: x[0])
 def test_golden(shared, fixture):
   name, backbone, shots = fixture
@@ -50,6 +51,7 @@ def test_golden(shared, fixture):
     parity.assert_close(golden, 'psi', scene)
 
 
+@pytest.mark.slow
 def test_golden_training(shared):
   path = shared('goldens/hdmnet_ifa_bam/train_hdm_1shot_97.json')
   golden = json.loads(path.read_text())
