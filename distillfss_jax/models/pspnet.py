@@ -72,7 +72,7 @@ class PSPNet(nnx.Module):
       *core.backbone_rules(self.backbone),
       *TORCH_NAMES,
       # The original names its stages a second time.
-      (r'encoder\.\d\..*', '', 'drop'),
+      (r'encoder\.\d\.(?!.*num_batches_tracked).*', '', 'drop'),
     )
     return {'original': rules}
 
