@@ -83,6 +83,8 @@ def read_file(path: str | os.PathLike) -> dict[str, Any]:
   return defined
 
 
+_NOTHING = object()  # equal to no value
+
 # {key: (least, most)} of numbers whose wrong values would be noticed late.
 _BOUNDS = {
   'seed': (0, 2**32 - 1),
@@ -218,7 +220,7 @@ def differences(
   return [
     f'{key} was {said(before, key)}, is {said(now, key)}'
     for key in sorted(before)
-    if key not in now or before[key] != now[key]
+    if before[key] != now.get(key, ADDED.get(key, _NOTHING))
   ]
 
 

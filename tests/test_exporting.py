@@ -18,6 +18,7 @@ from PIL import Image
 from distillfss_jax import backbones
 from distillfss_jax.data import transforms
 from distillfss_jax.exporting import graph, onnx, primitives, resizing
+from distillfss_jax.models import base as model_base
 from distillfss_jax.models import dcama, distilled
 from distillfss_jax.ops import resize
 from tests import parity
@@ -585,7 +586,12 @@ def _product(backbone, kind):
     teacher = dcama.DCAMA(encoder, voting=2, rngs=rngs)
     if kind == 'teacher':
       return teacher
-    student = distilled.variants[kind](2, encoder.channels, rngs=rngs)
+    slots = tuple(
+      model_base.Slot('maps', 1, stage, channels, per_block=True)
+      for stage, channels in enumerate(encoder.channels)
+      if stage
+    )
+    student = distilled.variants[kind](2, slots, rngs=rngs)
     return distilled.DistilledSegmenter(teacher, student)
 
   model = parity.fill_randomly(nnx.eval_shape(build))

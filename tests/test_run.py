@@ -363,7 +363,7 @@ def test_what_cannot_run_says_so_at_once(tmp_path):
       ('not prepared', str(empty), 'python -m distillfss_jax.prepare'),
     ),
     ((*SMOKE, '--config.support.shots=65'), ('65 shots', '64 training images')),
-    ((*SMOKE, '--config.support.shots=0'), ('1 shot', 'got 0')),
+    ((*SMOKE, '--config.support.shots=0'), ('shots=0', 'must be 1 to')),
   ]
   for name, exists in (
     ('system', 'distillfss'),
