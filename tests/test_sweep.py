@@ -268,7 +268,7 @@ def test_bad_values(item, said):
     (['config.seed=3,7:100000000000000000'], '99,999,999,999,999,994 values'),
     (['seed=0:5000,0:5001'], "'seed=0:5000,0:5001' has 5,000 values"),
     (['seed=0:101', 'config.steps=0:100'], '0:101 config.steps=0:100'),
-    ([f'config.{x}=0:9999' for x in 'abcde'], f'{9999**5:,} values'),
+    ([f'config.{x}=0:9999' for x in 'abcde'], '9,999 values'),
   ],
 )
 def test_a_grid_that_is_too_large(home, grid, said):
