@@ -646,8 +646,8 @@ def _plain_mix(model, pyramid, x, memory):
   size = 2 * x.shape[1], 2 * x.shape[2]
   fine = [y for y in (by_way(pyramid[0]), skips[1]) if y is not None]
   x = [resize.bilinear(y, size) for y in (x, *fine)]
-  if model.fields.mix_size:
-    x = [resize.bilinear(y, (model.fields.mix_size,) * 2) for y in x]
+  if model.mix_size:
+    x = [resize.bilinear(y, (model.mix_size,) * 2) for y in x]
   return nnx.relu(model.mixer1[0](jnp.concatenate(x, -1)))
 
 
@@ -667,7 +667,7 @@ def test_any_grid_is_mixed_as_if_stacked(request, which, mix_size):
 
     pyramid = maps(1, 1, 18, 26, c4), maps(1, 1, h, w, c8)
     skips = ()
-    if model.fields.concat_support:
+    if model.concat_support:
       fine = (18, 26) if h == 9 else (20, 26)
       skips = maps(1, 2, h, w, c8), maps(1, 2, *fine, c4)
     memory = dcama.Memory((), (), jnp.ones((1, 1, 2, 1), bool), skips)

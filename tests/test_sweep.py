@@ -14,7 +14,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import termios
 import time
 
 import pytest
@@ -90,10 +89,14 @@ if kind == 'short':
 
 # These tests may be run by nohup, which it would inherit.
 MAIN = """
+import fcntl
 import os
 import signal
 import sys
+import termios
 from launch import local, plan, sweep
+if os.environ.pop('TAKES_TERMINAL', None):
+  fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 hup = signal.SIG_IGN if 'IGNORE_HUP' in os.environ else signal.SIG_DFL
 signal.signal(signal.SIGHUP, hup)
 plan.MAIN = (sys.executable, sys.argv[1])
@@ -123,18 +126,15 @@ class Home:
 
     If stdin is a terminal, that is the session's.
     """
-
-    def take_terminal():
-      if stdin is not None:
-        fcntl.ioctl(stdin, termios.TIOCSCTTY, 0)
-
+    if stdin is not None:
+      environment['TAKES_TERMINAL'] = '1'
     command = [sys.executable, '-c', MAIN, str(self.fake), str(grace)]
     command += ['small.py', *arguments]
     keep = {k: v for k, v in os.environ.items() if k not in LEFT_OUT}
     path = os.pathsep.join((str(self.bin), os.environ['PATH']))
     return subprocess.Popen(
       command, cwd=self.path, text=True, start_new_session=True,
-      stdin=stdin, stdout=stdout, stderr=stderr, preexec_fn=take_terminal,
+      stdin=stdin, stdout=stdout, stderr=stderr,
       env={**keep, 'PATH': path, 'PYTHONPATH': str(ROOT), **environment},
     )  # fmt: skip
 
