@@ -34,7 +34,7 @@ def trainable(
       f'({", ".join(sets)}) and regular expressions, such as ({chosen!r},)'
     )
   patterns = [p for entry in chosen for p in sets.get(entry, (entry,))]
-  return params_lib.select(patterns, paths)
+  return params_lib.matching(patterns, paths)
 
 
 def duration(text: str | int, per_epoch: float) -> int:
@@ -131,7 +131,7 @@ def build(
         f'config.optim.groups: {group} must be (regex, factor, weight decay '
         'or None, begin, end)'
       )
-    params_lib.select([group[0]], paths)
+    params_lib.matching([group[0]], paths)
 
   def group_of(path):
     hits = (i for i, row in enumerate(groups) if re.fullmatch(row[0], path))

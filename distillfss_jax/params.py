@@ -55,7 +55,7 @@ def count(tree: Any) -> int:
   return sum(math.prod(shape) for shape in shapes(tree).values())
 
 
-def select(patterns: Iterable[str], paths: Iterable[str]) -> set[str]:
+def matching(patterns: Iterable[str], paths: Iterable[str]) -> set[str]:
   """The paths that at least one of the regular expressions matches in full.
 
   Raises:
@@ -107,7 +107,7 @@ def merge(
   Raises:
     ValueError: the two differ; the message is the sorted difference.
   """
-  kept = select(keep, current)
+  kept = matching(keep, current)
   wanted = {p: a.shape for p, a in current.items() if p not in kept}
   given = {p: a.shape for p, a in loaded.items() if p not in kept}
   _check(wanted, given, 'the parameters to load')

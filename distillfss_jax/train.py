@@ -76,7 +76,7 @@ def _run(config, workdir, stop):
     logging.info('%s is finished: %s holds its scores', workdir, results)
     # Other processes may not see it yet, and nobody asks them.
     first = jax.process_index() == 0
-    return json.loads(results.read_text()) if first else {}
+    return files.read_json(results) if first else {}
   steps = total_steps(config, data.per_epoch)
   mesh = parallel.mesh()
   program = train_step.build(
@@ -515,7 +515,7 @@ def _check_data(data, workdir):
   path = workdir / 'ids.json'
   if not path.exists():
     return
-  old, new = json.loads(path.read_text()), json.loads(json.dumps(data.ids()))
+  old, new = files.read_json(path), json.loads(json.dumps(data.ids()))
   # What an older version did not write down cannot be compared.
   differ = [key for key in old if old[key] != new.get(key)]
   if differ:

@@ -133,10 +133,10 @@ def test_a_system_says_what_it_is(name):
   assert system.trains
   assert system.trains <= paths
   for regex in system.stacked:
-    for path in params.select([regex], paths):
+    for path in params.matching([regex], paths):
       assert variables[path].shape[0] == ways, path
   for of_set, regexes in system.sets().items():
-    assert params.select(regexes, paths), of_set
+    assert params.matching(regexes, paths), of_set
   for row in system.sources(made):
     for part in row.parts:
       below = {f'{part.path}{path}' for path in params.shapes(part.module)}

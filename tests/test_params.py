@@ -91,30 +91,30 @@ def test_set_params_names_what_does_not_exist_and_what_is_near():
 @given(st.lists(_PATH, min_size=1, unique=True), st.data())
 def test_a_path_selects_itself_alone(paths, data):
   chosen = data.draw(st.lists(st.sampled_from(paths), unique=True))
-  assert params.select([re.escape(p) for p in chosen], paths) == set(chosen)
+  assert params.matching([re.escape(p) for p in chosen], paths) == set(chosen)
 
 
 @given(st.lists(_PATH, min_size=1, unique=True))
 def test_a_pattern_must_match_a_whole_path(paths):
-  assert params.select(('.*',), paths) == set(paths)
-  assert params.select((), paths) == set()
+  assert params.matching(('.*',), paths) == set(paths)
+  assert params.matching((), paths) == set()
   with pytest.raises(ValueError, match='matches none of'):
-    params.select([re.escape(max(paths, key=len)) + '/x'], paths)
+    params.matching([re.escape(max(paths, key=len)) + '/x'], paths)
 
 
 def test_select_lists_what_is_near():
   paths = ['backbone/conv1/kernel', 'decoder/conv1/kernel', 'decoder/bias']
   with pytest.raises(ValueError, match='nearest: decoder/conv1/kernel'):
-    params.select([r'decoder/conv\d/kernels'], paths)
+    params.matching([r'decoder/conv\d/kernels'], paths)
   with pytest.raises(ValueError, match='there are none'):
-    params.select(['x'], [])
+    params.matching(['x'], [])
 
 
 def test_select_refuses_a_bare_string_and_a_broken_pattern():
   with pytest.raises(TypeError, match='give a list or tuple'):
-    params.select('decoder/.*', ['decoder/bias'])
+    params.matching('decoder/.*', ['decoder/bias'])
   with pytest.raises(ValueError, match='not a regular expression'):
-    params.select(['decoder/('], ['decoder/bias'])
+    params.matching(['decoder/('], ['decoder/bias'])
 
 
 @given(_SHAPES, st.data())

@@ -116,7 +116,7 @@ class FewShotSegmenter(nnx.Module):
     """Images [..., H, W, 3], uint8 or normalised, to maps [..., l, h, w, c]."""
     lead = images.shape[:-3]
     flat = self.normalised(images.reshape(-1, *images.shape[-3:]))
-    pyramid = self.select(self.backbone(flat))
+    pyramid = self.keep(self.backbone(flat))
     return tuple(x.reshape(*lead, *x.shape[1:]) for x in pyramid)
 
   def encode_support(self, images: Array, masks: Array) -> Pyramid:
@@ -137,7 +137,7 @@ class FewShotSegmenter(nnx.Module):
     """Images as the backbone takes them, in `dtype`."""
     return normalise(images, self.backbone).astype(self.dtype)
 
-  def select(self, pyramid: Pyramid) -> Pyramid:
+  def keep(self, pyramid: Pyramid) -> Pyramid:
     """What of a backbone's pyramid the method reads; the rest is not kept."""
     return pyramid
 

@@ -351,7 +351,7 @@ class BaseAndMeta(base.FewShotSegmenter):
       ShotWeights(shots, hidden=shot_hidden, rngs=rngs) if shots > 1 else None
     )
 
-  def select(self, pyramid: Pyramid) -> Pyramid:
+  def keep(self, pyramid: Pyramid) -> Pyramid:
     f2, f3, f4 = (self.backbone.activate(x[:, -1]) for x in pyramid[1:])
     f2 = resize.bilinear(f2, f3.shape[1:3])
     f5 = self.head.features(f4)

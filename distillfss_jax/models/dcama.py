@@ -230,7 +230,7 @@ class DCAMA(base.FewShotSegmenter):
     unused = self.backbone.torch_unused(own)
     return {f'{prefix}{name}': x for name, x in unused.items()}
 
-  def select(self, pyramid: Pyramid) -> Pyramid:
+  def keep(self, pyramid: Pyramid) -> Pyramid:
     """Of stage 1 only the last map is read, as a skip."""
     return (pyramid[0][:, -1:], *pyramid[1:])
 

@@ -380,7 +380,7 @@ class HDMNet(core.BaseAndMeta):
     x = self.normalised(images.reshape(-1, *images.shape[-3:]))
     masks = resize.nearest(masks.reshape(-1, *masks.shape[-3:]), x.shape[1:3])
     x = x[:, None] * jnp.moveaxis(masks, -1, 1)[..., None].astype(x.dtype)
-    pyramid = self.select(self.backbone(x.reshape(-1, *x.shape[2:])))
+    pyramid = self.keep(self.backbone(x.reshape(-1, *x.shape[2:])))
     return tuple(
       x.reshape(*lead, masks.shape[-1], *x.shape[2:]) for x in pyramid
     )

@@ -14,7 +14,6 @@ A module that other programs know has three methods:
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from distillfss_jax import params
+from distillfss_jax import files, params
 from distillfss_jax.pretrained import archive, hub
 from distillfss_jax.workdir import checkpoint
 
@@ -227,7 +226,7 @@ def description(folder: pathlib.Path) -> dict:
       f'{folder} is no run of this package: it has no config.json; give a '
       "run's folder, one that convert wrote, or a file"
     )
-  return json.loads(path.read_text())
+  return files.read_json(path)
 
 
 def read_file(source: str) -> Arrays:

@@ -148,7 +148,7 @@ class AdaptedSystem(base.System):
         x, own = self.teacher.backbone.encode_with_statistics(
           self.teacher.normalised(image[None])
         )
-        return self.teacher.select(x), own
+        return self.teacher.keep(x), own
 
       pyramid, own = jax.lax.map(encode, images)
       queries = tuple(x[:, 0] for x in pyramid)
@@ -248,7 +248,7 @@ class AdaptedSystem(base.System):
         return tuple(y[0] for y in x)
 
       pyramid = jax.vmap(encode)(flat, each.reshape(-1))
-    pyramid = self.teacher.select(pyramid)
+    pyramid = self.teacher.keep(pyramid)
     return tuple(x.reshape(*lead, *x.shape[1:]) for x in pyramid)
 
   @property
