@@ -140,6 +140,8 @@ def source(config: ConfigDict) -> ConfigDict:
   return config
 
 
+RECIPES = ('paper', 'ours', 'unet')
+
 ARGUMENTS = {
   'method': ('distill', 'transfer'),
   'shots': int,
@@ -160,6 +162,7 @@ def benchmark(
   subsample: int = 1,
   kind: str = 'leave_one_out',
   rule: str = 'even',
+  recipes: tuple[str, ...] = RECIPES,
   known: dict | None = None,
 ) -> tuple[ConfigDict, types.SimpleNamespace]:
   """A dataset of the paper's benchmark, with what its experiments share.
@@ -170,13 +173,19 @@ def benchmark(
     steps: of DistillFSS. transfer_steps: of TransferFSS; None for the same.
     shots: where `arg` says nothing.
     subsample, kind: of the episodes. rule: of the support.
+    recipes: `RECIPES`, the default first.
     known: more arguments, as `parse` takes them.
 
   Returns:
     The config, and the arguments it was made from; finish with `done`.
   """
+  text = arg or ''
   arg = parse(
-    arg, defaults={'shots': shots, 'seed': 0}, **ARGUMENTS, **(known or {})
+    arg,
+    defaults={'shots': shots, 'seed': 0},
+    **ARGUMENTS,
+    recipe=recipes,
+    **(known or {}),
   )
   config = get_config()
   with config.unlocked():
@@ -187,12 +196,54 @@ def benchmark(
   config.model.backbone.name = arg.backbone
   config.student, config.seed = arg.student, arg.seed
   config.steps = steps
+  if arg.recipe != 'paper':
+    given = {item.partition('=')[0] for item in text.split(',')}
+    if left := sorted(given & {'backbone', 'method', 'student'}):
+      raise ValueError(
+        f'{", ".join(left)} belong to recipe=paper; recipe={arg.recipe} has a '
+        'model of its own'
+      )
+    few_views(config, look='auto' if arg.recipe == 'ours' else 'recolour')
+    if arg.recipe == 'unet':
+      config.optim.trainable = ('.*',)
+      config.optim.groups = ((r'model/backbone/.*', 0.25, None, '', ''),)
+    return config, arg
   if arg.method == 'transfer':
     config.system = 'transferfss'
     config.steps = transfer_steps or steps
     config.model.fields.voting = 10
     config.optim.trainable = ('D',)
   return config, arg
+
+
+def few_views(config: ConfigDict, *, look: str) -> None:
+  """Our recipe for few images: a U-Net on a pretrained backbone, by views.
+
+  Its constants were set once, and none was chosen on a test set;
+  docs/five-images.md says how it compares.
+  """
+  with config.unlocked():
+    for group in ('episodes', 'loss', 'student', 'backbone_mode'):
+      del config[group]
+    config.system, config.model.name = 'finetune', 'unet'
+    config.model.fields = ConfigDict()
+    config.model.backbone.name = config.model.backbone.init = 'lite0'
+    config.model.backbone.fields.finest = 2
+    config.episodes = ConfigDict()
+    config.episodes.kind = 'views'
+    config.episodes.draws = 8  # views of a step
+    config.episodes.subsample = 0
+    config.views = ConfigDict()
+    # colour | recolour | polarity: see LOOKS in systems/finetune.py; auto: the
+    # best on held-out annotated images.
+    config.views.look = look
+    config.views.size = 128  # of a view, in pixels
+    config.views.sides = (96.0, 384.0)  # of a whole image in a view
+  config.steps, config.log_every, config.checkpoint_every = 300, 50, 100
+  config.optim.lr, config.optim.trainable = 2e-3, ('decoder',)
+  config.optim.schedule, config.optim.warmup = 'cosine', '20'
+  config.eval.batch_size = 8
+  config.eval.brightness = True
 
 
 FOLDS = {
@@ -271,6 +322,9 @@ def smoke(config: ConfigDict) -> ConfigDict:
   """The same experiment in a minute: tiny images, backbone and step count."""
   config.data.image_size = 64
   config.model.backbone.name = 'resnet_tiny'
+  config.model.backbone.init, config.model.backbone.fields = '', ConfigDict()
+  if 'views' in config:
+    config.views.update(look='polarity', size=32, sides=(32.0, 96.0))
   config.steps, config.epochs = 4, 0.0
   config.log_every = 2
   config.checkpoint_every = 2

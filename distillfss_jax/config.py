@@ -83,6 +83,8 @@ def read_file(path: str | os.PathLike) -> dict[str, Any]:
   return defined
 
 
+OPEN = 'auto'  # a value that the run chooses; its folder then has the choice
+
 _NOTHING = object()  # equal to no value
 
 # {key: (least, most)} of numbers whose wrong values would be noticed late.
@@ -206,7 +208,8 @@ def differences(
   """How a saved config differs from one of today, as 'key was 1, is 2'.
 
   What `before` lacks is no difference: `saved` has filled in what an option
-  that came later must be. What only `before` has is one: it meant something.
+  that came later must be, nor what `now` leaves open. What only `before` has is
+  one: it meant something.
 
   Args:
     before: saved, flat or nested; see `saved`.
@@ -220,7 +223,8 @@ def differences(
   return [
     f'{key} was {said(before, key)}, is {said(now, key)}'
     for key in sorted(before)
-    if before[key] != now.get(key, ADDED.get(key, _NOTHING))
+    if now.get(key) != OPEN
+    and before[key] != now.get(key, ADDED.get(key, _NOTHING))
   ]
 
 

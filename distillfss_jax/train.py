@@ -22,7 +22,15 @@ import numpy as np
 from absl import logging
 
 from distillfss_jax import config as configs
-from distillfss_jax import feeding, files, parallel, params, tasks, train_step
+from distillfss_jax import (
+  feeding,
+  files,
+  held_out,
+  parallel,
+  params,
+  tasks,
+  train_step,
+)
 from distillfss_jax.evaluators.base import COLUMNS
 from distillfss_jax.ops.metrics import Confusion
 from distillfss_jax.tasks.base import Place, Task
@@ -77,6 +85,7 @@ def _run(config, workdir, stop):
     # Other processes may not see it yet, and nobody asks them.
     first = jax.process_index() == 0
     return files.read_json(results) if first else {}
+  config = held_out.decide(config, data, workdir)
   steps = total_steps(config, data.per_epoch)
   mesh = parallel.mesh()
   program = train_step.build(

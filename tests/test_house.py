@@ -41,7 +41,7 @@ FLOORS = {
   'models': 4,
   'systems': 5,
   **dict.fromkeys(('train_step', 'evaluators'), 6),
-  'tasks': 7,
+  **dict.fromkeys(('held_out', 'tasks'), 7),
   'train': 8,
 }  # fmt: skip
 TOP = 9

@@ -8,7 +8,7 @@ import itertools
 
 import numpy as np
 
-KINDS = ('leave_one_out', 'paired', 'random')
+KINDS = ('leave_one_out', 'paired', 'random', 'views')
 RULES = ('even', 'random', 'per_class', 'per_class_reference')
 
 
@@ -280,7 +280,8 @@ def episode_tables(present, *, kind, subsample=None, seed=0, draws=None):
   Args:
     present: [m, n] bool, which class occurs in which support image.
     kind: 'leave_one_out' or 'paired' (the reference's, on torch's random
-      stream), or 'random' (the repaired form).
+      stream), 'random' (the repaired form), or 'views' (queries in turn, and no
+      supports: s is 0).
     subsample: supports per episode, None for all others.
     seed: 0 .. 2**32 - 1.
     draws: episodes per step; None for m. 'leave_one_out' always has m; 'random'
@@ -295,7 +296,8 @@ def episode_tables(present, *, kind, subsample=None, seed=0, draws=None):
   """
   present = np.asarray(present, bool)
   images = len(present)
-  _width(images, subsample)
+  if kind != 'views':
+    _width(images, subsample)
   if kind not in KINDS:
     raise ValueError(f'kind of episodes {kind!r} is not one of {KINDS}')
   if draws is not None and kind == 'leave_one_out':
@@ -306,6 +308,13 @@ def episode_tables(present, *, kind, subsample=None, seed=0, draws=None):
   if draws is not None and draws < 1:
     raise ValueError(f'draws must be None or at least 1, got {draws}')
   count = images if draws is None else draws
+
+  def views(step):
+    queries = (step * count + np.arange(count, dtype=np.int32)) % images
+    return queries[:, None].astype(np.int32), np.ones(count, bool)
+
+  if kind == 'views':
+    return views
 
   def one_step(generator):
     if kind == 'paired':

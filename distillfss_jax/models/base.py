@@ -35,9 +35,13 @@ def normalise(images: Array, backbone: nnx.Module | None = None) -> Array:
   """
   if images.dtype != jnp.uint8:
     return images
+  return centred(images.astype(jnp.float32) / 255, backbone)
+
+
+def centred(images: Array, backbone: nnx.Module | None = None) -> Array:
+  """RGB in [0, 1] to what a backbone expects; see `normalise`."""
   mean = getattr(backbone, 'mean', MEAN)
-  std = getattr(backbone, 'std', STD)
-  return (images.astype(jnp.float32) / 255 - mean) / std
+  return (images - mean) / getattr(backbone, 'std', STD)
 
 
 @dataclasses.dataclass(frozen=True)

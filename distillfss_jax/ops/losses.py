@@ -53,6 +53,27 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
   return total, (~void).sum((1, 2)).astype(jnp.float32)
 
 
+def dice(logits: Array, labels: Array) -> Array:
+  """Soft Dice loss (1606.04797), mean over the foreground classes of an image.
+
+  Args:
+    logits: [b, H, W, 1+n].
+    labels: [b, H, W] int; `VOID` pixels count nowhere.
+
+  Returns:
+    [b], 0..1: of the classes that the labels show. Of one class alone it counts
+    where it is not shown, too: what is found there is too much.
+  """
+  known = (labels != VOID)[..., None]
+  p = jax.nn.softmax(logits.astype(jnp.float32)) * known
+  y = (labels[..., None] == jnp.arange(logits.shape[-1])) * known
+  p, y = p[..., 1:], y[..., 1:]
+  both, all_ = (p * y).sum((1, 2)), (p + y).sum((1, 2))
+  lost = 1 - (2 * both + 1) / (all_ + 1)
+  shown = y.any((1, 2)) | (logits.shape[-1] == 2)
+  return (lost * shown).sum(-1) / jnp.maximum(shown.sum(-1), 1)
+
+
 def spatial_kl(teacher: Array, student: Array) -> Array:
   """KL divergence of distributions over places, in float32.
 

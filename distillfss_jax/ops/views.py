@@ -23,7 +23,7 @@ Array = jax.Array
 
 LUMA = (0.299, 0.587, 0.114)  # of RGB, ITU-R BT.601
 _LEVELS = 3  # full resolution, 2 x 2 and 4 x 4 averages
-_QUANTILES = (0.01, 0.995)  # of the luminance, between which it is stretched
+QUANTILES = (0.01, 0.995)  # of the luminance, between which it is stretched
 _SAMPLE = 8  # every so many rows and columns tell the quantiles
 
 
@@ -228,9 +228,7 @@ def luminance(image: Array) -> Array:
 
 def stretched(values: Array) -> Array:
   """[h, w] between its 1st and 99.5th percentile, as [0, 1]."""
-  low, high = jnp.quantile(
-    values[::_SAMPLE, ::_SAMPLE], jnp.asarray(_QUANTILES)
-  )
+  low, high = jnp.quantile(values[::_SAMPLE, ::_SAMPLE], jnp.asarray(QUANTILES))
   return jnp.clip((values - low) / jnp.maximum(high - low, 1e-3), 0, 1)
 
 

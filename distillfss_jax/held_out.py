@@ -1,0 +1,178 @@
+"""Choices that a config leaves open ('auto'), made on annotated images.
+
+The annotated images are cut in two. What learns from one part is scored on the
+other: as those images are, and in other colours and polarities, for the images
+to come may differ from the few that there are. No test image is looked at.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from distillfss_jax import config as configs
+from distillfss_jax import files, parallel, train_step
+from distillfss_jax.ops import views
+from distillfss_jax.ops.metrics import Confusion
+from distillfss_jax.systems import finetune
+from distillfss_jax.types import Table
+from distillfss_jax.workdir import writer
+
+STEPS, TOGETHER = 100, 10  # of a try; of a dispatch
+RECOLOURED = 3  # times that a held-out image is scored in other colours
+# Every one of them is in other colours.
+_OTHER = dataclasses.replace(views.Appearance(), recoloured=0.5, inverted=1.0)
+
+# {key: its values}, the last for a support that cannot be cut in two.
+CHOICES = {'views.look': tuple(finetune.LOOKS)}
+
+
+def decide(config, data, workdir: pathlib.Path):
+  """The config without open choices; a run's folder keeps those it made.
+
+  Args:
+    config: of the run.
+    data: of its task: `support` and `ways`.
+    workdir: the run's folder; `held_out.json` there tells the scores.
+
+  Raises:
+    ValueError: a key cannot be left open.
+  """
+  values = configs.flat(config)
+  open_keys = [key for key, value in values.items() if value == configs.OPEN]
+  if not open_keys:
+    return config
+  if open_keys != list(CHOICES):
+    raise ValueError(
+      f'config.{open_keys[0]} cannot be {configs.OPEN!r}; '
+      f'{", ".join(CHOICES)} can'
+    )
+  [(key, candidates)] = CHOICES.items()
+  scores = {}
+  saved = workdir / 'config.json'
+  if saved.exists():
+    choice = configs.saved(saved)[key]
+  elif len(data.support.images) < 2:
+    choice = candidates[-1]
+    logging.warning(
+      'config.%s=%s: one annotated image cannot be held out; %s is taken',
+      key, configs.OPEN, choice,
+    )  # fmt: skip
+  else:
+    total = 2 * STEPS * len(candidates)
+    progress = writer.Progress(total, noun='held-out step')
+    for i, x in enumerate(candidates):
+      scores[x] = score(
+        _with(config, {key: x}),
+        data.support,
+        data.ways,
+        lambda done, i=i: progress.update(2 * STEPS * i + done),
+      )
+    best = max(candidates, key=lambda x: scores[x]['mean'])
+    # Floats need not agree on all machines of a run.
+    index = parallel.gather(np.int32(candidates.index(best)))[0]
+    choice = candidates[int(index)]
+    if jax.process_index() == 0:
+      print(f'mIoU of held-out annotated images by {key}:\n{_table(scores)}')
+      print(f'{key}: {choice}', flush=True)
+      workdir.mkdir(parents=True, exist_ok=True)
+      files.write_atomically(
+        workdir / 'held_out.json',
+        json.dumps({'key': key, 'choice': choice, 'scores': scores}, indent=2)
+        + '\n',
+      )
+  return _with(config, {key: choice})
+
+
+def score(
+  config, support, ways: int, tell: Callable[[int], Any] = lambda done: None
+) -> dict[str, float]:
+  """Mean IoU on annotated images that were held out.
+
+  Args:
+    config: without open choices, of a system that takes rows of one image.
+    support: images [M, S, S, 3] and labels [M, S, S], M of 2 or more.
+    ways: foreground classes.
+    tell: is told how many of 2 * `STEPS` steps are done.
+
+  Returns:
+    'as they are', 'recoloured', and the 'mean' of both.
+  """
+  config = _with(config, {'steps': STEPS, 'epochs': 0.0})
+  # Each process by itself, on one device: it is little work.
+  mesh = jax.sharding.Mesh(jax.local_devices()[:1], (parallel.AXIS,))
+  program = train_step.build(config, ways, mesh, steps=STEPS)
+  initial = program.load(program.draw())
+  count = len(support.images)
+  kept = count - count // 2
+  order = np.concatenate([np.arange(count)[::2], np.arange(count)[1::2]])
+  found = {
+    name: Confusion.empty(1 + ways) for name in ('as they are', 'recoloured')
+  }
+  for number, half in enumerate((order, order[::-1])):
+    state = parallel.replicate(program.start(initial), mesh)
+    shared = program.shared(
+      initial,
+      support.images[half[:kept]],
+      support.labels[half[:kept]].astype(np.int32),
+    )
+    shared = parallel.replicate(jax.device_get(shared), mesh)
+    for step in range(0, STEPS, TOGETHER):
+      table, places = _batches(step, config.episodes.draws, kept)
+      state, _ = program.dispatch(state, shared, table, places, TOGETHER)
+      tell(number * STEPS + step + TOGETHER)
+    variables = parallel.local(state.variables)
+    for i in half[kept:]:
+      for name, seen in _held_out_views(config.seed, support.images[i], int(i)):
+        answer = program.predict(variables, None, seen[None], program.roles)
+        label = np.asarray(answer[program.roles[0]].logits[0].argmax(-1))
+        found[name].add(Confusion.of(support.labels[i], label, 1 + ways).counts)
+  scores = {name: float(x.miou) for name, x in found.items()}
+  return {**scores, 'mean': float(np.mean(list(scores.values())))}
+
+
+def _batches(step, views_, images):
+  """The tables and places of `TOGETHER` steps, images in turn."""
+  shape = (TOGETHER, views_)
+  table = step * views_ + np.arange(TOGETHER * views_, dtype=np.int32)
+  places = np.broadcast_to(np.arange(views_, dtype=np.int32), shape)
+  return Table((table % images).reshape(*shape, 1)), places
+
+
+def _held_out_views(seed, image, number):
+  """An image, and the same in other colours: (name, uint8 [S, S, 3])."""
+  yield 'as they are', image
+  for i in range(RECOLOURED):
+    key = jax.random.fold_in(jax.random.key(seed), number * RECOLOURED + i)
+    yield 'recoloured', np.asarray(_recoloured(key, image))
+
+
+@jax.jit
+def _recoloured(key, image):
+  seen = views.recolour(key, image.astype(jnp.float32) / 255, _OTHER)
+  return jnp.round(255 * seen).astype(jnp.uint8)
+
+
+def _with(config, values):
+  """A copy of a config with other values."""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.update_from_flattened_dict(values)
+  return config
+
+
+def _table(scores):
+  columns = list(next(iter(scores.values())))
+  wide = max(map(len, scores))
+  rows = [' ' * wide + ''.join(f'  {x:>11}' for x in columns)]
+  rows += [
+    f'{name:{wide}}' + ''.join(f'  {x[c]:11.4f}' for c in columns)
+    for name, x in scores.items()
+  ]
+  return '\n'.join(rows)

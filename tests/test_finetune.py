@@ -1,0 +1,194 @@
+"""Tests of fine-tuning by views, and of the choice on held-out images."""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import common
+from distillfss_jax import backbones, config, held_out, systems
+from distillfss_jax.data import support as support_lib
+from distillfss_jax.models import unet
+from distillfss_jax.ops import losses
+from distillfss_jax.types import VOID
+
+
+def test_dice_by_hand():
+  labels = jnp.array([[[1, 1, 0, VOID]], [[0, 0, 0, 0]]])
+  right = 50 * jax.nn.one_hot(jnp.where(labels == VOID, 1, labels), 2)
+  found = losses.dice(right, labels)
+  np.testing.assert_allclose(found, [0, 0], atol=1e-6)
+  # All foreground: of 2 pixels and 3 found (2 * 2 + 1) / (2 + 3 + 1); of none
+  # and 4 found 1 / (4 + 1).
+  everywhere = jnp.broadcast_to(jnp.array([0.0, 50.0]), (2, 1, 4, 2))
+  found = losses.dice(everywhere, labels)
+  np.testing.assert_allclose(found, [1 - 5 / 6, 1 - 1 / 5], atol=1e-6)
+
+
+def test_dice_of_several_classes_is_of_those_shown():
+  labels = jnp.array([[[2, 2, 0, 0]]])
+  logits = 50 * jax.nn.one_hot(jnp.array([[[2, 2, 1, 0]]]), 3)
+  np.testing.assert_allclose(losses.dice(logits, labels), [0], atol=1e-6)
+
+
+@pytest.mark.parametrize('size', [(64, 64), (50, 75)])
+def test_the_decoder_ends_at_the_images_size(size):
+  model = nnx.eval_shape(
+    lambda: unet.UNet(
+      backbones.build('lite0', image_size=64, rngs=nnx.Rngs(0), finest=2),
+      3,
+      rngs=nnx.Rngs(0),
+    )
+  )
+  images = jax.ShapeDtypeStruct((2, *size, 3), 'uint8')
+  logits = jax.eval_shape(
+    lambda model, x: model.decode(model.encode(x), size), *(model, images)
+  )
+  assert logits.shape == (2, *size, 3)
+
+
+def test_the_pixels_of_a_place_lie_side_by_side():
+  backbone = types.SimpleNamespace(channels=(4, 6), strides=(2, 4))
+  model = unet.UNet(backbone, 2, rngs=nnx.Rngs(0))
+  places = jnp.arange(2 * 2 * 2, dtype=jnp.float32)
+  model.last = lambda x: jnp.broadcast_to(places, (*x.shape[:3], 8))
+  maps = jnp.zeros((1, 8, 8, 4)), jnp.zeros((1, 4, 4, 6))
+  logits = model.decode(maps, (16, 16))
+  block = np.asarray(places).reshape(2, 2, 2)
+  np.testing.assert_array_equal(logits[0, :2, :2], block)
+  np.testing.assert_array_equal(logits[0, 2:4, -2:], block)
+
+
+def test_widths_must_fit():
+  backbone = types.SimpleNamespace(channels=(4, 6, 8), strides=(2, 4, 8))
+  with pytest.raises(ValueError, match='widths'):
+    unet.UNet(backbone, 2, widths=(8,), rngs=nnx.Rngs(0))
+
+
+def test_views_take_images_in_turn():
+  at = support_lib.episode_tables(np.ones((3, 1), bool), kind='views', draws=4)
+  rows, valid = at(0)
+  assert rows.dtype == np.int32
+  np.testing.assert_array_equal(rows, [[0], [1], [2], [0]])
+  np.testing.assert_array_equal(at(1)[0], [[1], [2], [0], [1]])
+  assert valid.all()
+
+
+def test_one_annotated_image_is_enough():
+  at = support_lib.episode_tables(np.ones((1, 1), bool), kind='views', draws=2)
+  np.testing.assert_array_equal(at(5)[0], [[0], [0]])
+
+
+# --- recipes ----------------------------------------------------------------
+
+
+def test_recipes():
+  paper = config.load('configs/nucleus.py')
+  ours = config.load('configs/nucleus.py:recipe=ours')
+  assert (paper.system, ours.system) == ('distillfss', 'finetune')
+  assert ours.views.look == config.OPEN
+  assert tuple(ours.optim.trainable) == ('decoder',)
+  other = config.load('configs/nucleus.py:recipe=unet')
+  assert other.views.look == 'recolour'
+  assert tuple(other.optim.trainable) == ('.*',)
+  assert config.load('configs/folder.py:name=x').system == 'finetune'
+  assert config.load('configs/folder.py:name=x,recipe=paper').system == (
+    'distillfss'
+  )
+
+
+@pytest.mark.parametrize('given', ['backbone=swin_b', 'method=distill'])
+def test_what_belongs_to_the_papers_recipe(given):
+  with pytest.raises(ValueError, match=given.partition('=')[0]):
+    config.load(f'configs/nucleus.py:recipe=ours,{given}')
+
+
+def _small(**views):
+  made = common.get_config()
+  common.few_views(made, look='polarity')
+  with made.unlocked():
+    common.smoke(made)
+  made.views.update(views)
+  made.episodes.draws = 2
+  return made
+
+
+def test_an_unknown_look():
+  with pytest.raises(ValueError, match=r'colour, recolour, polarity, and auto'):
+    systems.build(_small(look='grey'), 1)
+
+
+# --- choices on held-out images ---------------------------------------------
+
+
+def _data(count=3, side=32):
+  """Images whose object is a light square."""
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 60, (count, side, side, 3), dtype=np.uint8)
+  labels = np.zeros((count, side, side), np.uint8)
+  labels[:, 8:20, 8:20] = 1
+  images[labels == 1] += 150
+  return types.SimpleNamespace(
+    support=types.SimpleNamespace(images=images, labels=labels), ways=1
+  )
+
+
+def test_nothing_is_open(tmp_path):
+  made = _small()
+  assert held_out.decide(made, _data(), tmp_path) is made
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_choice_is_kept(tmp_path, monkeypatch):
+  asked = []
+
+  def score(config, support, ways, tell):
+    asked.append(config.views.look)
+    tell(held_out.STEPS)
+    value = {'colour': 0.2, 'recolour': 0.9, 'polarity': 0.5}[asked[-1]]
+    return {'as they are': value, 'recoloured': value, 'mean': value}
+
+  monkeypatch.setattr(held_out, 'score', score)
+  made = _small(look=config.OPEN)
+  chosen = held_out.decide(made, _data(), tmp_path)
+  assert asked == ['colour', 'recolour', 'polarity']
+  assert (chosen.views.look, made.views.look) == ('recolour', config.OPEN)
+  told = json.loads((tmp_path / 'held_out.json').read_text())
+  assert told['choice'] == 'recolour'
+  assert told['scores']['colour']['mean'] == 0.2
+
+  (tmp_path / 'config.json').write_text(chosen.to_json_best_effort())
+  monkeypatch.delattr(held_out, 'score')  # it is not asked again
+  again = held_out.decide(made, _data(), tmp_path)
+  assert again.views.look == 'recolour'
+  assert not config.differences(config.saved(tmp_path / 'config.json'), made)
+
+
+def test_one_image_cannot_be_held_out(tmp_path, caplog):
+  chosen = held_out.decide(_small(look=config.OPEN), _data(1), tmp_path)
+  assert chosen.views.look == 'polarity'
+  assert 'cannot be held out' in caplog.text
+
+
+def test_what_cannot_be_left_open(tmp_path):
+  made = _small()
+  made.optim.schedule = config.OPEN
+  with pytest.raises(ValueError, match=r'optim\.schedule cannot be'):
+    held_out.decide(made, _data(), tmp_path)
+
+
+@pytest.mark.slow
+def test_held_out_images_are_scored(monkeypatch):
+  monkeypatch.setattr(held_out, 'STEPS', 20)
+  made = _small()
+  told = []
+  found = held_out.score(made, _data().support, 1, told.append)
+  assert told == [10, 20, 30, 40]
+  assert set(found) == {'as they are', 'recoloured', 'mean'}
+  assert found['as they are'] > 0.5  # a square of 12 x 12 is 0.14 of the image
+  wanted = (found['as they are'] + found['recoloured']) / 2
+  assert found['mean'] == pytest.approx(wanted)
