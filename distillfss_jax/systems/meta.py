@@ -36,6 +36,7 @@ class MetaSystem(base.System):
   # frozen; the original adds it all the same, and so its loss is the larger.
 
   takes, roles, coupled = Episode, ('final', 'meta'), True
+  beside = ('base',)
 
   def __init__(self, model: core.BaseAndMeta, ways: int):
     if ways != 1:
@@ -77,13 +78,18 @@ class MetaSystem(base.System):
   def predict(self, images, memory, roles):
     pyramid = self.model.encode(images)
     coarse = self.model.correlate(pyramid, memory)
-    answers = self.model.answer(pyramid, coarse)
-    return {
+    answers, size = self.model.answer(pyramid, coarse), images.shape[1:3]
+    found = {
       role: self.model.conclude(
-        getattr(answers, role), coarse, memory.present, images.shape[1:3]
+        getattr(answers, role), coarse, memory.present, size
       )
       for role in roles
+      if role != 'base'
     }
+    if 'base' in roles:
+      logits = resize.bilinear(answers.base.astype(jnp.float32), size)
+      found['base'] = Prediction(logits)
+    return found
 
   def losses(self, shared: Array, batch: Episode, items: Items) -> Losses:
     support, how = batch.support, {'train': True, 'keys': items.keys}
