@@ -21,7 +21,13 @@ from distillfss_jax.types import (
   Support,
 )
 
-_FROZEN = 'backbone|head'  # the base learner
+# What makes a base learner another one.
+_SAME = (
+  'data.name',
+  'data.args.fold',
+  'data.args.rule',
+  'model.backbone.name',
+)
 
 
 class MetaSystem(base.System):
@@ -45,9 +51,8 @@ class MetaSystem(base.System):
 
   def sets(self):
     return {
-      'meta': (rf'model/(?!{_FROZEN}).*',),
-      # Parity: HDMNet's optimiser has forgotten the weights of shots.
-      'meta_without_shots': (rf'model/(?!{_FROZEN}|kshot).*',),
+      name: tuple(f'model/{regex}' for regex in regexes)
+      for name, regexes in self.model.sets().items()
     }
 
   def sources(self, config):
@@ -55,9 +60,17 @@ class MetaSystem(base.System):
     whole = weights.Part('model/', self.model)
     learner = pspnet.Within(self.model)
     return (
-      weights.Source('model.init', config.model.init, (whole,)),
       weights.Source(
-        'base.init', config.base.init, (weights.Part('model/', learner),)
+        'model.init',
+        config.model.init,
+        (whole,),
+        same=(*_SAME, 'model.name', 'model.fields.shots'),
+      ),
+      weights.Source(
+        'base.init',
+        config.base.init,
+        (weights.Part('model/', learner),),
+        same=_SAME,
       ),
     )
 
