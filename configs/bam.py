@@ -32,6 +32,7 @@ def get_config(arg=None):
   config.source.rule = config.source.test_rule = 'image'
   config.source.batch_size, config.source.test_seed = 8, 321
   config.source.test_seeds = (510, 365, 382, 322, 988)
+  config.source.test_recipe = 'fit'
   config.optim.name, config.optim.schedule = 'sgd', 'poly'
   config.optim.lr, config.optim.weight_decay = 5e-2, 1e-4
   config.optim.nesterov, config.optim.trainable = False, ('meta',)

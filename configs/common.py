@@ -137,6 +137,9 @@ def source(config: ConfigDict) -> ConfigDict:
   config.source.test_rule = 'pair'
   config.source.test_seed = 0
   config.source.test_seeds = ()  # more of them: the mean and the deviation
+  config.source.test_recipe = 'none'  # | stretch | fit: how images are resized
+  config.source.test_exact = False  # undone exactly; else as the originals do
+  config.source.generalised = 0  # episodes of any query, beside base classes
   return config
 
 
@@ -266,7 +269,8 @@ def of_fold(config: ConfigDict, arg: types.SimpleNamespace, name: str) -> None:
   config.model.backbone.name = (
     'resnet50_deep' if arg.backbone == 'resnet50' else arg.backbone
   )
-  config.eval.native = False
+  # The base learner's validation is at the model's size, episodes are not.
+  config.eval.native = name != 'pspnet'
   config.base = ConfigDict()
   if arg.data == 'pascal':
     config.data.args.lists = ''  # the folder of the published ones
@@ -300,6 +304,7 @@ def folds_done(config: ConfigDict, arg: types.SimpleNamespace) -> ConfigDict:
     if 'source' in config:
       config.source.batch_size, config.source.tests = 2, 6
       config.source.test_seeds = config.source.test_seeds[:1]
+      config.source.generalised = min(config.source.generalised, 4)
     else:
       config.dense.batch_size = 2
   return config.lock()

@@ -32,6 +32,7 @@ def get_config(arg=None):
   config.source.rule = config.source.test_rule = 'image'
   config.source.batch_size, config.source.test_seed = 8, 321
   config.source.test_seeds = (510, 365, 382, 322, 988, 98, 742, 17, 595, 106)
+  config.source.test_recipe = 'stretch'
   config.optim.schedule, config.optim.lr = 'poly', 1e-4
   # Parity: with several shots, the weights of shots are not trained.
   config.optim.trainable = ('meta_without_shots',)

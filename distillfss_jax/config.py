@@ -47,6 +47,9 @@ ADDED: dict[str, Any] = {
   'eval.patience': 0,
   'eval.epochs': 0.0,
   'source.test_seeds': [],
+  'source.test_recipe': 'none',
+  'source.test_exact': False,
+  'source.generalised': 0,
 }
 
 
@@ -108,6 +111,7 @@ _BOUNDS = {
   'episodes.draws': (0, 10**6),
   'source.batch_size': (1, 10**5),
   'source.tests': (1, 10**7),
+  'source.generalised': (0, 10**7),
   'dense.batch_size': (1, 10**5),
   'optim.lr': (0, math.inf),
   'optim.weight_decay': (0, math.inf),

@@ -5,6 +5,7 @@ Channels are last. An initialiser is called with the random streams, a shape,
 and how many inputs and outputs one number of the layer's result has.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -19,29 +20,51 @@ from distillfss_jax.types import Array
 Initialiser = Callable[..., Array]
 
 
+def _drawn(draw: Callable, rngs, shape) -> Array:
+  """Random numbers of a shape, by programs for a few lengths.
+
+  A generator takes longer to compile than to run, and a model has a hundred
+  shapes. A number depends on the key and on its place alone: those of a shape
+  are the first of a longer row.
+
+  Args:
+    draw: key, shape -> numbers, of `jax.random`.
+    rngs: the random streams.
+    shape: of the result.
+  """
+  count = math.prod(shape)
+  length = 1 << max(10, (count - 1).bit_length())
+  return draw(rngs.params(), (length,))[:count].reshape(shape)
+
+
+def _within(bound, rngs, shape):
+  def draw(key, shape):
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+  return _drawn(draw, rngs, shape)
+
+
 def uniform(rngs, shape, fan_in: int, fan_out: int = 0) -> Array:
   """PyTorch's default of weights and biases: within 1 / sqrt(fan-in)."""
   del fan_out
-  bound = fan_in**-0.5
-  return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+  return _within(fan_in**-0.5, rngs, shape)
 
 
 def xavier(rngs, shape, fan_in: int, fan_out: int) -> Array:
   """Uniform, of variance 2 / (fan-in + fan-out) (Glorot and Bengio 2010)."""
-  bound = (6 / (fan_in + fan_out)) ** 0.5
-  return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+  return _within((6 / (fan_in + fan_out)) ** 0.5, rngs, shape)
 
 
 def he_fan_in(rngs, shape, fan_in: int, fan_out: int = 0) -> Array:
   """Normal, of variance 2 / fan-in (He et al. 2015)."""
   del fan_out
-  return jax.random.normal(rngs.params(), shape) * (2 / fan_in) ** 0.5
+  return _drawn(jax.random.normal, rngs, shape) * (2 / fan_in) ** 0.5
 
 
 def he_fan_out(rngs, shape, fan_in: int, fan_out: int) -> Array:
   """Normal, of variance 2 / fan-out, as torchvision starts convolutions."""
   del fan_in
-  return jax.random.normal(rngs.params(), shape) * (2 / fan_out) ** 0.5
+  return _drawn(jax.random.normal, rngs, shape) * (2 / fan_out) ** 0.5
 
 
 def normal(rngs, shape, fan_in: int = 0, fan_out: int = 0) -> Array:
@@ -50,7 +73,7 @@ def normal(rngs, shape, fan_in: int = 0, fan_out: int = 0) -> Array:
   The originals of transformers cut it at +-2, a hundred times that deviation.
   """
   del fan_in, fan_out
-  return jax.random.normal(rngs.params(), shape) * 0.02
+  return _drawn(jax.random.normal, rngs, shape) * 0.02
 
 
 def zeros(rngs, shape, fan_in: int = 0, fan_out: int = 0) -> Array:

@@ -33,7 +33,7 @@ class Program:
     are the numbers of the items in their batch, -1 for padding. Logs are
     stacked over t: 'loss', 'parts' (means over items), 'counts', 'grad_norm'.
   rows: items of a batch -> b, which the devices can share.
-  roles: what `predict` answers as.
+  roles: what `predict` answers as. beside: what else; see `System`.
   takes: the type of batch.
   rate: step -> learning rate.
   """
@@ -47,6 +47,7 @@ class Program:
   dispatch: Callable
   rows: Callable
   roles: tuple[str, ...]
+  beside: tuple[str, ...]
   takes: type
   rate: Callable
 
@@ -123,6 +124,7 @@ def build(
       _rows, micro=1 if system.coupled else micro, devices=mesh.size
     ),
     roles=system.roles,
+    beside=system.beside,
     takes=system.takes,
     rate=optim.schedule(config.optim, steps, per_epoch),
   )

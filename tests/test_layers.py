@@ -250,3 +250,20 @@ def test_devices_share_one_batch(folder, devices):
       many[name], one[name], atol=2e-6, rtol=2e-6, err_msg=name
     )
   assert np.abs(one['dx']).max() > 0.01
+
+
+@pytest.mark.parametrize('shape', [(), (5,), (3, 3, 7, 11), (2, 700)])
+def test_numbers_are_those_of_their_key_and_shape(shape):
+  """Whatever length of a row they are drawn with."""
+  key = nnx.Rngs(3).params()
+  for made, wanted in (
+    (
+      layers.uniform(nnx.Rngs(3), shape, 4),
+      jax.random.uniform(key, shape, minval=-0.5, maxval=0.5),
+    ),
+    (
+      layers.he_fan_in(nnx.Rngs(3), shape, 8),
+      jax.random.normal(key, shape) / 2,
+    ),
+  ):
+    np.testing.assert_allclose(made, wanted, rtol=1e-6)

@@ -220,16 +220,24 @@ def stretch(rng, image, label, size):
   )
 
 
+def fitted(side, longest, size):
+  """How long `fit` makes a side of an image; integers, or arrays of them.
+
+  Parity: both sides are cut to multiples of 8, so that even the longer one
+  falls short of `size` (472 of 473). The original makes nothing of a side below
+  8; here it stays 8.
+  """
+  cut = side * size // longest // 8 * 8
+  least = min(8, size)
+  return cut + (cut < least) * (least - cut)
+
+
 def fit(rng, image, label, size):
   """Fits the longer side and pads with black and void: BAM's validation.
 
-  Parity: both sides are cut to multiples of 8, so that even the longer one
-  falls short of `size` (472 of 473); the image lies in the upper left corner.
-  The original makes nothing of a side below 8; here it stays 8.
+  The image lies in the upper left corner; see `fitted`.
   """
-  longest, least = max(label.shape), min(8, size)
-  shape = (max(x * size // longest // 8 * 8, least) for x in label.shape)
-  shape = tuple(shape)
+  shape = tuple(fitted(x, max(label.shape), size) for x in label.shape)
   image = transforms.sample_image(image, shape)
   label = transforms.sample_label(label, shape)
   canvas = (size, size)

@@ -3,9 +3,7 @@
 An episode is a row of integers: the class, the query and the shots, as indices
 into a `core.Pool`. For training they are drawn at random, a pure function of
 the pool and a generator that the pipeline seeds by the episode's number; for
-testing they are a list, made once from a seed. No image is read here; the
-pipeline gives labels at the model's size, not yet those at an image's own, at
-which BAM and HDMNet are scored.
+testing they are a list, made once from a seed. No image is read here.
 
 How the class and the query of an episode are found is a `rule`:
 
@@ -141,6 +139,48 @@ def listed(pool, *, shots, rule, count=COUNT, seed=0):
   return np.array(rows, np.int32).reshape(count, 2 + shots)
 
 
+def generalised(pool, *, shots, count=COUNT, seed=0):
+  """Makes the list of episodes of BAM's generalised test.
+
+  Every image in turn is a query. One that shows something else than the pool's
+  classes, or nothing, is asked for any of them, which it need not show; others
+  for one that they show.
+
+  Args:
+    pool: what to draw from; of its images all count, whatever the pairs are.
+    shots: per episode, other images of the class, whatever its area.
+    count: of episodes.
+    seed: 0 .. 2**32 - 1; BAM's are those of `listed`.
+
+  Returns:
+    int32 [count, 2+s]: class, query, shots.
+
+  Raises:
+    ValueError: for classes with too few images.
+  """
+  present = np.asarray(pool.source.present)
+  mine = present[:, np.asarray(pool.values) - 1]
+  images = [np.flatnonzero(shows) for shows in mine.T]
+  _check_enough([len(x) for x in images], pool.classes, shots)
+  # Of any other class, or of none at all.
+  others = present.sum(1) > mine.sum(1)
+  free = others | ~mine.any(1)
+  generator, rows = np.random.RandomState(seed), []
+  for i in range(count):
+    query = i % len(present)
+    asked = (
+      np.arange(len(images)) if free[query] else np.flatnonzero(mine[query])
+    )
+    class_ = _one(asked, generator)
+    chosen = []
+    while len(chosen) < shots:
+      shot = _one(images[class_], generator)
+      if shot != query and shot not in chosen:
+        chosen.append(shot)
+    rows.append([class_, query, *chosen])
+  return np.array(rows, np.int32).reshape(count, 2 + shots)
+
+
 def by_name(pool, table):
   """Episodes as people read them, for a run's folder.
 
@@ -172,11 +212,16 @@ def _check(pool, shots, rule):
       "episode rule 'image' asks which classes an image shows, but in these "
       "records all have one label: take 'pair', 'class' or 'random'"
     )
-  # Parity: the originals would look for another image for ever.
   counts = np.bincount(pool.pairs[:, 1], minlength=len(pool.classes))
+  _check_enough(counts, pool.classes, shots)
+
+
+def _check_enough(counts, classes, shots):
+  """Raises ValueError where a class has too few images for its episodes."""
+  # Parity: the originals would look for another image for ever.
   few = [
     f'{name} ({count})'
-    for name, count in zip(pool.classes, counts, strict=True)
+    for name, count in zip(classes, counts, strict=True)
     if count <= shots
   ]
   if few:

@@ -232,6 +232,7 @@ class _Read:
   recipe: object
   support_recipe: object
   size: int
+  canvas: tuple[int, int] | None = None  # for labels of the queries' own sizes
 
   def __call__(self, i, generator):
     """An episode, by its number; a negative one is padding, all void."""
@@ -243,13 +244,18 @@ class _Read:
       row = self.episodes(i, generator)
     class_, query, *shots = row
     value = self.pool.values[class_]
-    image, label = self._one(generator, self.recipe, query, value)
+    record = self.pool.source[int(query)]
+    image, label = self._one(generator, self.recipe, record, value)
     if i < 0:
       label = np.full_like(label, VOID)
     support = [
-      self._one(generator, self.support_recipe, shot, value) for shot in shots
+      self._one(
+        generator, self.support_recipe, self.pool.source[int(shot)], value
+      )
+      for shot in shots
     ]
     return {
+      **(self._native(record['label'], i < 0) if self.canvas else {}),
       'images': image,
       'labels': _of_class(label),
       'all_labels': _swapped(label, value),
@@ -260,13 +266,20 @@ class _Read:
       'valid': np.bool_(i >= 0),
     }
 
-  def _one(self, generator, recipe, index, value):
+  def _native(self, label, padding):
+    """The labels of a query as they are, on the canvas."""
+    canvas = np.full(self.canvas, VOID, np.uint8)
+    if not padding:
+      canvas[: label.shape[0], : label.shape[1]] = label
+    size = np.array((1, 1) if padding else label.shape, np.int32)
+    return {'native_labels': canvas, 'sizes': size}
+
+  def _one(self, generator, recipe, record, value):
     """An image and its labels, 1 and the label of the class swapped."""
     # One map carries both the mask and all classes through the recipe, which
     # may ask where the class of the episode is. Void stays: BAM and HDMNet
     # train without it. Parity: for DCAMA and IFA it is background, which is for
     # the system to say.
-    record = self.pool.source[int(index)]
     label = _swapped(record['label'], value)
     return recipe(generator, record['image'], label, self.size)
 
@@ -390,6 +403,7 @@ def listed_episodes(
   *,
   image_size,
   batch_size,
+  native=False,
   seed=0,
   workers=0,
   shard=(0, 1),
@@ -399,17 +413,24 @@ def listed_episodes(
   Args:
     pool: a `core.Pool`.
     table: int32 [e, 2+s], from `episodes.listed`.
+    native: also give the labels of the queries at their own sizes.
     (others): as of `training_episodes`; the seed is of recipes that draw.
 
   Returns:
     grain IterDataset of dicts as of `training_episodes`, equally many in all
     processes; valid is False, and labels are void, where the list has ended.
+    With native also native_labels uint8 [B, Hc, Wc], all labels of the records
+    on one canvas for the whole list, void beyond an image; and sizes int32
+    [B, 2], its rows and columns.
   """
   part, parts = _checked_shard(batch_size, shard)
   table = np.asarray(table, np.int32)
+  largest = None
+  if native:
+    largest = canvas(np.asarray(pool.source.sizes)[table[:, 1]].max(0))
   order = np.arange(len(table))
   order = np.append(order, np.full(-len(order) % (batch_size * parts), -1))
-  read = _Read(pool, table, recipe, support_recipe, image_size)
+  read = _Read(pool, table, recipe, support_recipe, image_size, largest)
   batches = (
     grain.MapDataset.source(order.tolist())
     .seed(seed)

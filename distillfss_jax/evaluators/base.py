@@ -125,6 +125,18 @@ def over_seeds(found: Mapping[Any, Scored]) -> Scored:
   )
 
 
+def together(*found: Scored) -> Scored:
+  """Evaluations of different protocols as one; the pictures of the first."""
+  return Scored(
+    {name: x for one in found for name, x in one.scores.items()},
+    tuple(protocol for one in found for protocol in one.protocols),
+    found[0].shown,
+    sum(x.images for x in found),
+    sum(x.seconds for x in found),
+    _all_notes(found),
+  )
+
+
 def _all_notes(each):
   """The notes of several evaluations, each once."""
   return tuple(dict.fromkeys(note for x in each for note in x.notes))

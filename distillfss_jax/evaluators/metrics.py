@@ -6,6 +6,7 @@ are summed, and become scores at the end.
 
 import abc
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -96,8 +97,38 @@ class NativeSize(ModelSize):
     )
 
 
+def stretched(
+  shape: tuple[int, int], sizes: Array, canvas: tuple[int, int]
+) -> tuple[resize.Taps, resize.Taps]:
+  """Where the pixels of images that were stretched to a shape lie in it.
+
+  Args:
+    shape: rows and columns of what the model says.
+    sizes: [b, 2] int32, rows and columns of each image.
+    canvas: rows and columns that are asked for.
+
+  Returns:
+    Of the rows and of the columns, `resize.taps` with a leading axis b.
+  """
+  return tuple(
+    jax.vmap(lambda size, i=i, n=n: resize.taps(shape[i], size, n))(sizes[:, i])
+    for i, n in enumerate(canvas)
+  )
+
+
+def argmax(logits: Array) -> Array:
+  """The class of the largest logit."""
+  return logits.argmax(-1)
+
+
 def count_native(
-  logits: Array, sizes: Array, labels: Array, classes: int
+  logits: Any,
+  sizes: Array,
+  labels: Array,
+  classes: int,
+  *,
+  places: Callable = stretched,
+  answer: Callable = argmax,
 ) -> Array:
   """Pixel counts [classes, classes] at the images' own sizes.
 
@@ -105,26 +136,28 @@ def count_native(
   forgotten a band of rows at a time.
 
   Args:
-    logits: [b, h, w, classes].
+    logits: [b, h, w, .], or a tree of such.
     sizes: [b, 2] int32, rows and columns of each image.
     labels: [b, H, W] of one canvas for all, void where an image has ended.
     classes: background counts.
+    places: where an image's pixels lie in the logits; see `stretched`.
+    answer: logits at the images' size -> labels.
   """
   height, width = labels.shape[1:]
   band = math.gcd(BAND, height)
-  taps = jax.vmap(resize.taps, (None, 0, None))
-  rows = taps(logits.shape[1], sizes[:, 0], height)
-  columns = taps(logits.shape[2], sizes[:, 1], width)
+  shape = jax.tree.leaves(logits)[0].shape[1:3]
+  rows, columns = places(shape, sizes, (height, width))
   lerp = jax.vmap(resize.lerp, (0, 0, None))
-  wide = lerp(logits, columns, 1)  # [b, h, W, classes]
+  # [b, h, W, .]
+  wide = jax.tree.map(lambda x: lerp(x, columns, 1), logits)
 
   def add(i, counts):
     mine, truth = jax.tree.map(
       lambda x: jax.lax.dynamic_slice_in_dim(x, i * band, band, 1),
       (rows, labels),
     )
-    answer = lerp(wide, mine, 0).argmax(-1)
-    return counts + metrics.count(truth, answer, classes)
+    found = answer(jax.tree.map(lambda x: lerp(x, mine, 0), wide))
+    return counts + metrics.count(truth, found, classes)
 
   # Where all images have ended there is nothing to count.
   bands = -(-sizes[:, 0].max() // band)

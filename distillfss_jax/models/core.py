@@ -351,6 +351,28 @@ class BaseAndMeta(base.FewShotSegmenter):
       ShotWeights(shots, hidden=shot_hidden, rngs=rngs) if shots > 1 else None
     )
 
+  @classmethod
+  def sets(cls):
+    """What the base learner has not: with and without weights of shots."""
+    return {
+      'meta': (r'(?!backbone|head).*',),
+      # Parity: HDMNet's optimiser has forgotten the weights of shots.
+      'meta_without_shots': (r'(?!backbone|head|kshot).*',),
+    }
+
+  def torch_misfit(self, tensors, paths):
+    """Says so where a file is of a model for another number of shots."""
+    weights = [x for name, x in tensors.items() if name.startswith('kshot_rw.')]
+    takes = max((max(x.shape) for x in weights), default=1)
+    needs = self.shots if any(x.startswith('kshot/') for x in paths) else 1
+    if takes == needs or (self.shots > 1 and needs == 1):
+      return ''
+    return (
+      f'the file is of a model that takes {takes} shot{"s"[: takes > 1]}, and '
+      f'config.model.fields.shots is {self.shots}: take a file of such a '
+      f'model, or shots={takes}'
+    )
+
   def keep(self, pyramid: Pyramid) -> Pyramid:
     f2, f3, f4 = (self.backbone.activate(x[:, -1]) for x in pyramid[1:])
     f2 = resize.bilinear(f2, f3.shape[1:3])

@@ -565,9 +565,22 @@ def _unit(x):
 
 
 def build(config, image_size, rngs):
-  """The model of a config; see `models.build`."""
+  """The model of a config; see `models.build`.
+
+  Raises:
+    ValueError: the images are too small for the transformer.
+  """
+  backbone = models.build_backbone(config, image_size, rngs)
+  # Places that are attended to as one lie in squares.
+  least, stride = REDUCTIONS[0], backbone.strides[2]
+  if -(-image_size // stride) < least:
+    raise ValueError(
+      f'config.data.image_size={image_size}: HDMNet needs {least} x {least} '
+      f'features, which {config.backbone.name} makes of images of '
+      f'{(least - 1) * stride + 1} pixels or more'
+    )
   return HDMNet(
-    models.build_backbone(config, image_size, rngs),
+    backbone,
     **config.fields,
     dtype=config.dtype,
     rngs=rngs,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+Taps = tuple[Array, Array, Array]  # see `taps`
 
 
 def bilinear(
@@ -75,23 +76,29 @@ def _parts(n, bins):
   return (within / within.sum(1, keepdims=True)).astype(np.float32)
 
 
-def taps(n: int, size: Array, canvas: int) -> tuple[Array, Array, Array]:
+def taps(
+  n: int | Array, size: Array, canvas: int, *, align_corners: bool = False
+) -> Taps:
   """Where pixels come from when n are resized to `size`, for `lerp`.
 
-  Half-pixel centres, no antialiasing: `matrix` without `align_corners`, for a
-  size that only the data says, in an array of `canvas`.
+  `matrix` for sizes that only the data says, in an array of `canvas`; without
+  antialiasing.
 
   Returns:
     low, high [canvas] int32 and share [canvas]: pixel i is (1 - share) of pixel
     low and share of pixel high; from `size` on they repeat the border.
   """
-  position = (jnp.arange(canvas) + 0.5) * (n / size) - 0.5
+  position = jnp.arange(canvas)
+  if align_corners:
+    position = position * ((n - 1) / jnp.maximum(size - 1, 1))
+  else:
+    position = (position + 0.5) * (n / size) - 0.5
   position = jnp.clip(position, 0, n - 1)
   low = jnp.floor(position).astype(jnp.int32)
   return low, jnp.minimum(low + 1, n - 1), position - low
 
 
-def lerp(x: Array, taps: tuple[Array, Array, Array], axis: int) -> Array:
+def lerp(x: Array, taps: Taps, axis: int) -> Array:
   """Interpolates along an axis of x, as `taps` say."""
   low, high, share = taps
   share = share.reshape(-1, *(1,) * (x.ndim - 1 - axis))

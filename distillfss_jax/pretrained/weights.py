@@ -11,6 +11,9 @@ A module that other programs know has three methods:
     torch_tables()         {who names so: rules}, the first are written
     torch_buffers()        {torch name: array} PyTorch keeps beside parameters
     torch_unused(tensors)  {torch name: array} the original loads, never reads
+
+and perhaps torch_misfit(tensors, paths): in a line, why a file of those tensors
+cannot fill those paths; '' if it can.
 """
 
 import dataclasses
@@ -56,13 +59,15 @@ class Source:
 
   key: of the config, that names it. source: a file, a folder, a name; '' for
   nothing. parts: what it fills. theirs: prefix of its tensors (or, of a
-  folder, of its paths) that belong to them; the others are passed over.
+  folder, of its paths) that belong to them; the others are passed over. same:
+  keys that the config of a run, whose folder it is, must have like this one.
   """
 
   key: str
   source: str
   parts: tuple[Part, ...]
   theirs: str = ''
+  same: tuple[str, ...] = ()
 
 
 def load(config, system: nnx.Module, variables: Mapping) -> dict:
@@ -99,6 +104,8 @@ def load(config, system: nnx.Module, variables: Mapping) -> dict:
     _warn_of_random(system)
     return dict(variables)
   check_fields(config, table)
+  for row in table:
+    _check_run(config, row)
   result, used = dict(variables), set()
   for i, row in enumerate(table):
     later = {x for other in table[i + 1 :] for x in shapes_of(other.parts)}
@@ -147,6 +154,36 @@ def check_fields(config, table: Iterable[Source]) -> None:
           f'{row.key}={row.source} needs config.{name}={value!r}, and the '
           f'config says {_field(config, name)!r}'
         )
+
+
+def _check_run(config, row):
+  """Raises ValueError where a run that gives weights was about other things.
+
+  A file says nothing of it, but where published ones lie does: split2/ is of
+  fold 2.
+  """
+  folder = pathlib.Path(row.source).expanduser()
+  if row.same and folder.is_dir():
+    before = description(folder)
+    for key in row.same:
+      was, is_ = _field_or_none(before, key), _field_or_none(config, key)
+      if was is not None and was != is_:
+        raise ValueError(
+          f'config.{row.key}={row.source}: its config.{key} is {was!r}, here '
+          f'it is {is_!r}: take a run of the same'
+        )
+  elif 'data.args.fold' in row.same:
+    fold = _field_or_none(config, 'data.args.fold')
+    splits = re.findall(r'(?:^|[/_])split_?(\d)(?=[/_.]|$)', row.source)
+    if splits and fold is not None and int(splits[-1]) != fold:
+      logging.warning(
+        '%s=%s looks like one of fold %s, and this is fold %s: classes that '
+        'are tested may have trained it',
+        row.key,
+        row.source,
+        splits[-1],
+        fold,
+      )
 
 
 def from_tensors(
@@ -349,6 +386,13 @@ def _fitted(tensors, parts, leave):
   _check_buffers(tensors, _buffers(parts))
   shapes = shapes_of(parts)
   wanted = _wanted(shapes, places.values(), parts) - leave.paths
+  for part in parts:
+    says = getattr(part.module, 'torch_misfit', None)
+    filled = {
+      x.removeprefix(part.path) for x in wanted if x.startswith(part.path)
+    }
+    if reason := says and says(tensors, filled):
+      raise ValueError(reason)
   return params.from_torch(
     tensors,
     rules,
@@ -358,6 +402,15 @@ def _fitted(tensors, parts, leave):
 
 def _field(config, name):
   for key in name.split('.'):
+    config = config[key]
+  return config
+
+
+def _field_or_none(config, name):
+  """What a config has under a name with dots; None where it has nothing."""
+  for key in name.split('.'):
+    if key not in config:
+      return None
     config = config[key]
   return config
 

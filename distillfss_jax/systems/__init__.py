@@ -3,7 +3,6 @@
 import importlib
 import pkgutil
 
-import jax
 from flax import nnx
 
 from distillfss_jax import optim, params
@@ -44,7 +43,8 @@ def build(config, ways: int):
     optim.trainable(config.optim.trainable, paths, system.sets())
   )
 
+  # Not one program: compiling all generators of a model together takes minutes.
   def draw():
     return params.flatten(module.build(config, ways, nnx.Rngs(config.seed)))
 
-  return system, jax.jit(draw)
+  return system, draw

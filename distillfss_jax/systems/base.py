@@ -27,6 +27,8 @@ class System(nnx.Module):
     ways: number of foreground classes.
     takes: the type of batch: `Table`, `Episode` or `Dense`.
     roles: what `predict` answers as, the first being the system's product.
+    beside: what else it answers when asked, of other classes than those of an
+      episode: 'base', logits of the base classes, background first.
     trains: paths of the parameters that the optimiser moves; `systems.build`
       sets it.
     stacked: regular expressions of paths whose arrays have a leading axis of
@@ -44,6 +46,7 @@ class System(nnx.Module):
   ways: int
   takes: type
   roles: tuple[str, ...]
+  beside: tuple[str, ...] = ()
   trains: frozenset[str] = frozenset()
   stacked: tuple[str, ...] = ()
   coupled: bool = False

@@ -21,7 +21,13 @@ from distillfss_jax.types import (
   Support,
 )
 
-_FROZEN = 'backbone|head'  # the base learner
+# What makes a base learner another one.
+_SAME = (
+  'data.name',
+  'data.args.fold',
+  'data.args.rule',
+  'model.backbone.name',
+)
 
 
 class MetaSystem(base.System):
@@ -36,6 +42,7 @@ class MetaSystem(base.System):
   # frozen; the original adds it all the same, and so its loss is the larger.
 
   takes, roles, coupled = Episode, ('final', 'meta'), True
+  beside = ('base',)
 
   def __init__(self, model: core.BaseAndMeta, ways: int):
     if ways != 1:
@@ -44,9 +51,8 @@ class MetaSystem(base.System):
 
   def sets(self):
     return {
-      'meta': (rf'model/(?!{_FROZEN}).*',),
-      # Parity: HDMNet's optimiser has forgotten the weights of shots.
-      'meta_without_shots': (rf'model/(?!{_FROZEN}|kshot).*',),
+      name: tuple(f'model/{regex}' for regex in regexes)
+      for name, regexes in self.model.sets().items()
     }
 
   def sources(self, config):
@@ -54,9 +60,17 @@ class MetaSystem(base.System):
     whole = weights.Part('model/', self.model)
     learner = pspnet.Within(self.model)
     return (
-      weights.Source('model.init', config.model.init, (whole,)),
       weights.Source(
-        'base.init', config.base.init, (weights.Part('model/', learner),)
+        'model.init',
+        config.model.init,
+        (whole,),
+        same=(*_SAME, 'model.name', 'model.fields.shots'),
+      ),
+      weights.Source(
+        'base.init',
+        config.base.init,
+        (weights.Part('model/', learner),),
+        same=_SAME,
       ),
     )
 
@@ -77,13 +91,18 @@ class MetaSystem(base.System):
   def predict(self, images, memory, roles):
     pyramid = self.model.encode(images)
     coarse = self.model.correlate(pyramid, memory)
-    answers = self.model.answer(pyramid, coarse)
-    return {
+    answers, size = self.model.answer(pyramid, coarse), images.shape[1:3]
+    found = {
       role: self.model.conclude(
-        getattr(answers, role), coarse, memory.present, images.shape[1:3]
+        getattr(answers, role), coarse, memory.present, size
       )
       for role in roles
+      if role != 'base'
     }
+    if 'base' in roles:
+      logits = resize.bilinear(answers.base.astype(jnp.float32), size)
+      found['base'] = Prediction(logits)
+    return found
 
   def losses(self, shared: Array, batch: Episode, items: Items) -> Losses:
     support, how = batch.support, {'train': True, 'keys': items.keys}

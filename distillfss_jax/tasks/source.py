@@ -8,8 +8,8 @@ import numpy as np
 
 from distillfss_jax import datasets, parallel
 from distillfss_jax.data import augment, episodes, pipeline
-from distillfss_jax.evaluators.base import over_seeds
-from distillfss_jax.evaluators.episodes import Episodes
+from distillfss_jax.evaluators import episodes as scoring
+from distillfss_jax.evaluators.base import over_seeds, together
 from distillfss_jax.tasks import base
 from distillfss_jax.types import Episode
 from distillfss_jax.workdir import pictures
@@ -39,9 +39,18 @@ class Data(base.Data):
     self.recipes = [
       augment.get(x) for x in (source.recipe, source.support_recipe)
     ]
-    self.train, self.held_out = (
-      module.pool(part=part, **config.data.args) for part in ('train', 'test')
-    )
+    args = config.data.args
+    self.train = module.pool(part='train', **args)
+    # What an image also shows matters to training alone.
+    tested = {k: False if k == 'exclusive' else v for k, v in args.items()}
+    self.held_out = module.pool(part='test', **tested)
+    self.places = scoring.places_of(source.test_recipe, exact=source.test_exact)
+    known, classes = len(self.train.classes), config.model.fields.get('classes')
+    if classes not in (None, 1 + known):
+      raise ValueError(
+        f'config.model.fields.classes={classes}: {name} has {known} base '
+        f'classes here, {1 + known} with background'
+      )
     shots = config.support.shots
     self.draw = episodes.Random(self.train, shots, source.rule)
     self.tables = {
@@ -55,6 +64,13 @@ class Data(base.Data):
       for seed in (source.test_seed, *source.test_seeds)
     }
     self.table = self.tables[source.test_seed]
+    self.general_tables = {
+      seed: episodes.generalised(
+        self.held_out, shots=shots, count=source.generalised, seed=seed
+      )
+      for seed in self.tables
+      if source.generalised
+    }
     self.classes, self.size = self.held_out.classes, source.tests
     self.per_epoch = len(self.draw) / source.batch_size
 
@@ -78,17 +94,41 @@ class Task(base.Task):
 
   def __init__(self, config, *args):
     super().__init__(config, *args)
-    self.evaluators = {
-      seed: Episodes(
+    data, roles = self.data, self.program.roles
+    has_base = 'base' in self.program.beside
+    if config.source.generalised and not has_base:
+      raise ValueError(
+        f'config.source.generalised={config.source.generalised}: system '
+        f'{config.system!r} has no base learner to be tested beside; set it to '
+        '0'
+      )
+    pool, known = data.held_out, data.train
+    places = data.places if config.eval.native else None
+    found = [scoring.of_class(pool, roles)]
+    if places:
+      found.append(scoring.of_class(pool, roles, size='native', places=places))
+    if has_base:
+      found.append(scoring.of_base(pool, known, places=places))
+    self.evaluators = self._each(data.tables, found)
+    general = [scoring.generalised(pool, known, places=places)]
+    self.general = self._each(data.general_tables, general)
+
+  def _each(self, tables, found):
+    """An evaluator for each list of episodes, by its seed."""
+    config = self.config
+    return {
+      seed: scoring.Episodes(
         self.data.held_out,
         table,
         self.program.memorize,
         self.program.predict,
+        found,
         image_size=config.data.image_size,
         batch_size=config.eval.batch_size,
+        recipe=config.source.test_recipe,
         workers=config.data.workers,
       )
-      for seed, table in self.data.tables.items()
+      for seed, table in tables.items()
     }
 
   def shared(self, state):
@@ -123,12 +163,15 @@ class Task(base.Task):
 
   def test(self, state, show=()):
     variables, roles = self.variables(state), self.program.roles
-    first, *others = self.evaluators
-    found = {first: self.evaluators[first].run(variables, roles, show=show)}
-    if not others:
-      return found[first]
-    found |= {x: self.evaluators[x].run(variables, roles) for x in others}
-    return over_seeds(found)
+
+    def scored(evaluators, **more):
+      first, *others = evaluators
+      found = {first: evaluators[first].run(variables, roles, **more)}
+      found |= {x: evaluators[x].run(variables, roles) for x in others}
+      return over_seeds(found) if others else found[first]
+
+    found = scored(self.evaluators, show=show)
+    return together(found, scored(self.general)) if self.general else found
 
   def validate(self, state):
     """On the way one seed must do."""
@@ -172,7 +215,7 @@ class Task(base.Task):
     indices = sorted(scored.shown)
     if not indices:
       return
-    recipe = augment.get('none')
+    recipe = augment.get(self.config.source.test_recipe)
     batch = next(
       iter(
         pipeline.listed_episodes(
