@@ -326,7 +326,7 @@ def test_commands_are_found():
 PARSE_FLAGS = """
 import importlib, json, os, sys
 from absl import flags
-TAKES_FILES = ['distillfss_jax.convert', 'distillfss_jax.predict']
+TAKES_FILES = [f'distillfss_jax.{x}' for x in ('convert', 'export', 'predict')]
 module, lines = sys.argv[1], json.loads(sys.argv[2])
 program = importlib.import_module(module)
 if hasattr(program, 'define_flags'):
