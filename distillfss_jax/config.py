@@ -190,6 +190,29 @@ def saved(path: str | os.PathLike) -> dict[str, Any]:
   return {**added, **found}
 
 
+def restored(path: str | os.PathLike) -> ConfigDict:
+  """The config of a run, from its config.json, with the keys of today.
+
+  Tuples come back as lists, as JSON has them.
+
+  Raises:
+    ValueError: the file is damaged.
+    OSError: it cannot be read.
+  """
+  made = _groups(files.read_json(path))  # also those without a key
+  for key, value in saved(path).items():
+    *groups, name = key.split('.')
+    place = made
+    for group in groups:
+      place = place.setdefault(group, {})
+    place[name] = value
+  return ConfigDict(made)
+
+
+def _groups(config):
+  return {k: _groups(v) for k, v in config.items() if isinstance(v, Mapping)}
+
+
 def flat(config: ConfigDict | Mapping) -> dict[str, Any]:
   """A config as {key: value}: {'a': {'b': (1,)}} is {'a.b': [1]}, as in JSON.
 

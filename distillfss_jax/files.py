@@ -41,15 +41,20 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def writing(folder: str | os.PathLike):
-  """Says of an error of the file system, inside, what to do about it."""
+def writing(folder: str | os.PathLike, option: str = '--workdir'):
+  """Says of an error of the file system, inside, what to do about it.
+
+  Args:
+    folder: that is written into.
+    option: of the command, which names it.
+  """
   try:
     yield
   except OSError as error:
     code = error.errno or errno.EIO
     raise OSError(
       f'cannot write into {folder}: {os.strerror(code)}; make room, make it '
-      'writable, or give another --workdir'
+      f'writable, or give another {option}'
     ) from error
 
 

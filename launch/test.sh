@@ -15,6 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
 prepare_python ${REQUIREMENTS:-} requirements-dev.txt
 if [[ $# == 0 ]]; then
-  set -- -m 'not slow'
+  # Most of the time is compiling, which keeps one core busy.
+  set -- -n 2 --dist loadfile -m 'not slow'
 fi
 exec "$python" -m pytest "$@"

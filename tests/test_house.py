@@ -42,7 +42,7 @@ FLOORS = {
   'systems': 5,
   **dict.fromkeys(('train_step', 'evaluators'), 6),
   **dict.fromkeys(('held_out', 'tasks'), 7),
-  'train': 8,
+  **dict.fromkeys(('inference', 'train'), 8),
 }  # fmt: skip
 TOP = 9
 
@@ -56,7 +56,7 @@ APART = {
   'evaluators': ('models', 'systems', 'backbones', 'optim', 'pretrained'),
 }
 # Folders that are one thing in parts; those of the others are of a kind.
-PARTS = ('exporting', 'ops', 'data', 'workdir', 'pretrained')
+PARTS = ('exporting', 'inference', 'ops', 'data', 'workdir', 'pretrained')
 # Siblings may import these.
 SHARED_FILES = ('__init__', 'base', 'core', 'adapted', 'meta', 'metrics')
 
@@ -326,7 +326,7 @@ def test_commands_are_found():
 PARSE_FLAGS = """
 import importlib, json, os, sys
 from absl import flags
-TAKES_FILES = ['distillfss_jax.convert']
+TAKES_FILES = [f'distillfss_jax.{x}' for x in ('convert', 'export', 'predict')]
 module, lines = sys.argv[1], json.loads(sys.argv[2])
 program = importlib.import_module(module)
 if hasattr(program, 'define_flags'):

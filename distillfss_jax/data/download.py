@@ -22,6 +22,10 @@ from tqdm import tqdm
 # What the content of a picture may be, whatever its name says. Pillow reads
 # more, of which some unpack to sizes that their heads do not tell.
 FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP', 'GIF', 'PPM')
+SUFFIXES = (
+  '.png', '.jpg', '.jpeg', '.jfif', '.bmp', '.tif', '.tiff', '.webp', '.gif',
+  '.ppm', '.pgm', '.pbm', '.pnm',
+)  # fmt: skip
 MEGAPIXELS = 200  # of a picture, if `allow` says nothing else
 _LARGEST = 1 << 31  # bytes of a file that is read at once
 _LONGEST = 1 << 26  # bytes of a list or table
@@ -69,6 +73,18 @@ def allow(megapixels):
   if megapixels < 1:
     raise ValueError(f'--max_megapixels {megapixels} must be 1 or more')
   _Limit.pixels = megapixels * 10**6
+
+
+def refuse_large(name, width, height):
+  """Raises BadFileError for a picture with more pixels than `allow` says."""
+  if width * height > _Limit.pixels:
+    millions = math.ceil(width * height / 10**6)
+    raise BadFileError(
+      f'{name}: has {millions} megapixels ({width}x{height}), '
+      f'{_Limit.pixels // 10**6} are the most: cut it into tiles, or allow '
+      f'it with --max_megapixels {millions} (about 1 GB of memory for each '
+      '100)'
+    )
 
 
 @contextlib.contextmanager
@@ -282,14 +298,8 @@ def picture(contents, name, *, upright=False, limited=True):
     Image.open(io.BytesIO(contents), formats=FORMATS) as found,
   ):
     width, height = found.size
-    if limited and width * height > _Limit.pixels:
-      millions = math.ceil(width * height / 10**6)
-      raise BadFileError(
-        f'{name}: has {millions} megapixels ({width}x{height}), '
-        f'{_Limit.pixels // 10**6} are the most: cut it into tiles, or allow '
-        f'it with --max_megapixels {millions} (about 1 GB of memory for each '
-        '100)'
-      )
+    if limited:
+      refuse_large(name, width, height)
     if (pages := _pages(found)) > 1:
       raise BadFileError(
         f'{name}: has {pages} pages (a stack, or an animation), and one is '

@@ -42,10 +42,6 @@ from distillfss_jax.data import (
 )
 
 SPLITS = ('files', 'held_out')
-_SUFFIXES = (
-  '.png', '.jpg', '.jpeg', '.jfif', '.bmp', '.tif', '.tiff', '.webp', '.gif',
-  '.ppm', '.pgm', '.pbm', '.pnm',
-)  # fmt: skip
 _TEXTS = ('.txt', '.json', '.xml', '.csv', '.yaml', '.yml', '.md')
 _IMAGE_FOLDERS = ('images', 'image', 'imgs', 'img', 'imagestr', 'jpegimages')
 _MASK_FOLDERS = (
@@ -368,7 +364,7 @@ class Layout:
 
 
 def _is_image(name):
-  return name.lower().endswith(_SUFFIXES)
+  return name.lower().endswith(download.SUFFIXES)
 
 
 class _Place(typing.NamedTuple):
@@ -521,7 +517,7 @@ def _unread(folder, names):
   return ValueError(
     f'{folder} holds {len(names)} files, none of a form that is read: '
     f'{download.few(suffixes)}. Save them as PNG (or '
-    f'{", ".join(x[1:] for x in _SUFFIXES[1:])})'
+    f'{", ".join(x[1:] for x in download.SUFFIXES[1:])})'
   )
 
 
@@ -596,7 +592,7 @@ def _images(place):
       len(place.other),
       place.of_images,
       download.few(place.other),
-      ', '.join(x[1:] for x in _SUFFIXES),
+      ', '.join(x[1:] for x in download.SUFFIXES),
     )
   return names, keys
 

@@ -244,10 +244,17 @@ def shapes_of(parts: Sequence[Part]) -> dict[str, tuple[int, ...]]:
   }
 
 
-def from_folder(folder: pathlib.Path) -> Arrays:
-  """{path: array} of a run's folder, or of one that `convert` wrote."""
+def from_folder(
+  folder: pathlib.Path, checkpoints: str = 'checkpoints'
+) -> Arrays:
+  """{path: array} of a run's folder, or of one that `convert` wrote.
+
+  Args:
+    folder: of the run.
+    checkpoints: the folder in it: of the newest ones, or 'best'.
+  """
   # 'rest' is what an older version called the buffers.
-  leaves = checkpoint.load(folder / 'checkpoints')
+  leaves = checkpoint.load(folder / checkpoints)
   return {
     path.partition('/')[2]: x
     for path, x in leaves.items()

@@ -49,6 +49,7 @@ class Data(base.Data):
     self.support = pipeline.load_images(
       dataset.train, indices, config.data.image_size
     )
+    self.sizes = np.asarray(dataset.train.sizes)[indices]
     self.classes = dataset.classes
     self.ways, self.size = len(self.classes), len(dataset.test)
     self.present = np.stack(
@@ -68,6 +69,9 @@ class Data(base.Data):
     return {
       'support': list(self.support.ids),
       'test': list(tested.ids),
+      'sizes': self.sizes.tolist(),
+      'classes': list(self.classes),
+      'palette': [[int(x) for x in row] for row in self.dataset.palette],
       'digest': base.digest_of(
         self.support.images,
         self.support.labels,

@@ -39,6 +39,7 @@ def overlay(
   label: np.ndarray,
   palette: Sequence[Sequence[int]] = PALETTE,
   alpha: float = 0.45,
+  line: int | None = None,
 ) -> np.ndarray:
   """Returns the image with its regions tinted and outlined.
 
@@ -49,6 +50,7 @@ def overlay(
     label: integers [H, W]: 0 background, 1.. classes, 255 void.
     palette: a colour (r, g, b) in 0..255 per label.
     alpha: strength of the tint, 0 to 1; outlines are always full.
+    line: width of the outlines, pixels; by default it suits the image's size.
 
   Raises:
     ValueError: shapes differ, or a label has no colour.
@@ -70,7 +72,7 @@ def overlay(
   tint = colours.astype(np.float32)
   strength = np.where(region, np.float32(alpha), 0)
   height, width = label.shape
-  line = max(1, round(min(height, width) / 120))
+  line = line or outline(height, width)
   rows, columns = np.indices(label.shape)
   stripes = (rows + columns) // (2 * line) % 2
   tint[void] = np.where(stripes, 200, 90)[void][:, None]
@@ -79,6 +81,11 @@ def overlay(
   edges = region & _differs(label, line)
   result[edges] = colours[edges]
   return np.rint(result).astype(np.uint8)
+
+
+def outline(height: int, width: int) -> int:
+  """The width of outlines in pictures of a size, in pixels."""
+  return max(1, round(min(height, width) / 120))
 
 
 def panel(
