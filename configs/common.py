@@ -80,8 +80,9 @@ def get_config() -> ConfigDict:
   source(config)
   config.task = 'adaptation'
   config.support.shots = 5
-  # even (the reference's) | random | per_class | per_class_reference
+  # even (the reference's) | random | per_class | per_class_reference | listed
   config.support.rule = 'even'
+  config.support.ids = ()  # of the listed rule, ids of training images
   config.support.seed = 0  # of the random rule
 
   config.episodes = ConfigDict()

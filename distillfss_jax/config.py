@@ -47,6 +47,7 @@ ADDED: dict[str, Any] = {
   'eval.patience': 0,
   'eval.epochs': 0.0,
   'source.test_seeds': [],
+  'support.ids': [],
   'source.test_recipe': 'none',
   'source.test_exact': False,
   'source.generalised': 0,

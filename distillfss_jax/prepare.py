@@ -213,6 +213,18 @@ def _not_of_tfds(record):
   return 'tensorflow_datasets' not in record.pathname or record.levelno > 20
 
 
+def _suggest(values):
+  if values.dataset != 'folder':
+    raise ValueError(
+      f'--suggest is for --dataset folder, got {values.dataset!r}: the images '
+      'of that one are annotated'
+    )
+  # JAX takes seconds to load, which the other ways of this command do without.
+  from distillfss_jax import suggest
+
+  suggest.run(values.raw, values.suggest, values.data_dir, values.name)
+
+
 def main(argv):
   """Runs the flags; 1 and one line instead of a traceback on a known error."""
   values = flags.FLAGS
@@ -224,6 +236,9 @@ def main(argv):
       name: values[name].value for name in _OPTIONS if values[name].value
     }
     download.allow(values.max_megapixels)
+    if values.suggest is not None:
+      _suggest(values)
+      return 0
     if values.raw or not values.show:
       run(values.dataset, values.raw, values.data_dir, **options)
     if values.show:
@@ -254,6 +269,9 @@ def define_flags():
   flags.DEFINE_alias('group-by', 'group_by')
   flags.DEFINE_integer(
     'max_megapixels', download.MEGAPIXELS, 'The largest picture to be read.'
+  )
+  flags.DEFINE_integer(
+    'suggest', None, 'Only say which so many images of a folder to annotate.'
   )
   flags.DEFINE_bool('show', False, 'Write a contact sheet of what is there.')
   flags.DEFINE_bool('skip_bad', False, 'Leave out images with bad files.')

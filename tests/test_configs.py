@@ -64,7 +64,7 @@ def test_loads(name):
   assert_names_exist(config)
   known = set(keys(common.base())) - {'model.fields', 'data.args'}
   assert known <= set(keys(config))
-  if config.task == 'adaptation':
+  if config.system == 'distillfss':
     assert set(keys(config)) == set(keys(common.get_config()))
   with pytest.raises(AttributeError, match='steps'):
     config.stepz = 3

@@ -86,6 +86,27 @@ def test_random_choice_ignores_the_order_of_listing():
   assert there[1] == tuple(ids[i] for i in there[0])
 
 
+def test_listed_images_are_taken_in_their_order():
+  made = dataset(np.ones((6, 1)), list('abcdef'))
+  chosen, ids = support.choose(made, 2, rule='listed', listed=('e', 'b', 'c'))
+  assert (chosen.tolist(), ids) == ([4, 1], ('e', 'b'))
+
+
+@pytest.mark.parametrize(
+  ('shots', 'rule', 'listed', 'said'),
+  [
+    (2, 'listed', ('a',), r"'listed' and 2 shots, but support.ids has 1"),
+    (2, 'listed', ('a', 'a'), r'support.ids has 1'),
+    (1, 'listed', ('z',), r"'z' is no training image of .*'a' to 'f'"),
+    (1, 'even', ('a',), r"support.rule is 'even': take 'listed'"),
+  ],
+)
+def test_lists_that_do_not_fit(shots, rule, listed, said):
+  made = dataset(np.ones((6, 1)), list('abcdef'))
+  with pytest.raises(ValueError, match=said):
+    support.choose(made, shots, rule=rule, listed=listed)
+
+
 def test_shots_per_class():
   """Evenly within each class, an image counting for the first that has it."""
   present = np.zeros((12, 3), bool)

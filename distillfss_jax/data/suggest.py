@@ -8,23 +8,27 @@ No label is read.
 import numpy as np
 
 
-def describe(maps: list[np.ndarray]) -> np.ndarray:
-  """Images as points: mean and deviation of each map's channels.
+def pooled(maps: np.ndarray) -> np.ndarray:
+  """Maps [N, h, w, c] to mean and deviation of each channel, [N, 2c]."""
+  x = np.asarray(maps, np.float64)
+  return np.concatenate([x.mean((1, 2)), x.std((1, 2))], 1)
+
+
+def describe(parts: list[np.ndarray]) -> np.ndarray:
+  """Images as points.
 
   Args:
-    maps: of several strides, [N, h, w, c] each.
+    parts: of maps of several strides what `pooled` gives, [N, 2c] each.
 
   Returns:
     [N, d] float64; each feature has deviation 1, and each map the same weight
     whatever its channels.
   """
-  parts = []
-  for x in maps:
-    x = np.asarray(x, np.float64)
-    part = np.concatenate([x.mean((1, 2)), x.std((1, 2))], 1)
+  points = []
+  for part in parts:
     part = (part - part.mean(0)) / np.maximum(part.std(0), 1e-6)
-    parts.append(part / np.sqrt(part.shape[1]))
-  return np.concatenate(parts, 1)
+    points.append(part / np.sqrt(part.shape[1]))
+  return np.concatenate(points, 1)
 
 
 def rank(points: np.ndarray, count: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 
 KINDS = ('leave_one_out', 'paired', 'random', 'views')
-RULES = ('even', 'random', 'per_class', 'per_class_reference')
+RULES = ('even', 'random', 'per_class', 'per_class_reference', 'listed')
 
 
 class TorchRandom:
@@ -69,7 +69,7 @@ def hus(last, count):
   return chosen[:count]
 
 
-def choose(dataset, shots, seed=0, rule='even'):
+def choose(dataset, shots, seed=0, rule='even', listed=()):
   """Chooses the support set out of the training images.
 
   Args:
@@ -82,7 +82,8 @@ def choose(dataset, shots, seed=0, rule='even'):
       order. 'random' draws without replacement from the sorted ids.
       'per_class' takes shots / n of each class, by `hus` over its images that
       no class before it took; 'per_class_reference' takes fewer, as the
-      reference does.
+      reference does. 'listed' takes the first of `listed`.
+    listed: ids of training images.
 
   Returns:
     (indices int32 [shots] into dataset.train, tuple of their ids).
@@ -101,8 +102,14 @@ def choose(dataset, shots, seed=0, rule='even'):
       f'{shots} shots asked for, but {dataset.name} has {len(ids)} training '
       'images: ask for fewer shots'
     )
+  if listed and rule != 'listed':
+    raise ValueError(
+      f"support.ids are given, and support.rule is {rule!r}: take 'listed'"
+    )
   if rule == 'even':
     indices = hus(len(ids) - 1, shots)
+  elif rule == 'listed':
+    indices = _listed(ids, shots, listed, dataset.name)
   elif rule != 'random':
     indices = _per_class(dataset, shots, rule)
   else:
@@ -126,6 +133,22 @@ def choose(dataset, shots, seed=0, rule='even'):
       f'images of {dataset.name}: take {change}more shots'
     )
   return np.asarray(indices, np.int32), chosen
+
+
+def _listed(ids, shots, listed, name):
+  """Indices of the first `shots` of the listed ids."""
+  known = {id_: i for i, id_ in enumerate(ids)}
+  if len(set(listed)) < shots:
+    raise ValueError(
+      f"support.rule='listed' and {shots} shots, but support.ids has "
+      f'{len(set(listed))}: give as many'
+    )
+  if strange := [x for x in listed if x not in known]:
+    raise ValueError(
+      f'support.ids: {strange[0]!r} is no training image of {name}; there are '
+      f'{ids[0]!r} to {ids[-1]!r}'
+    )
+  return [known[x] for x in dict.fromkeys(listed)][:shots]
 
 
 def _per_class(dataset, shots, rule):

@@ -429,6 +429,26 @@ def _find(files):
   return found[0]
 
 
+def images_of(files):
+  """The images of a raw folder that may have no masks yet, sorted.
+
+  Those below folders such as images/, wherever these lie, if there are any;
+  else all that lie in no folder of masks.
+  """
+  images = [x for x in files.names if _is_image(x)]
+
+  def within(known):
+    return [
+      x
+      for x in images
+      if any(part.lower() in known for part in x.split('/')[:-1])
+    ]
+
+  masks = set(within(_MASK_FOLDERS))
+  chosen = within(_IMAGE_FOLDERS) or images
+  return sorted(x for x in chosen if x not in masks)
+
+
 def _place(files, top, prefix, inside):
   """The _Place of one folder, or None where it has no images with labels.
 

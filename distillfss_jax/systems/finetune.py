@@ -3,7 +3,8 @@
 A step takes views of them (`ops/views.py`): windows, turned, scaled and in
 other colours, drawn on the device. The backbone keeps its ImageNet weights
 unless `optim.trainable` says otherwise, and its statistics always. At test time
-an image is read once, and no support is needed.
+an image is read once, and no support is needed. The network is a U-Net's
+(1505.04597), its loss cross-entropy and Dice (1606.04797).
 
 What a view looks like is `views.look`, the one choice that depends on the
 domain; `held_out.py` makes it where it is 'auto'.

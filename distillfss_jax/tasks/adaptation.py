@@ -44,7 +44,11 @@ class Data(base.Data):
   def __init__(self, config):
     self.dataset = dataset = datasets.load(config.data.name, **config.data.args)
     indices, ids = support_lib.choose(
-      dataset, config.support.shots, config.support.seed, config.support.rule
+      dataset,
+      config.support.shots,
+      config.support.seed,
+      config.support.rule,
+      config.support.ids,
     )
     self.support = pipeline.load_images(
       dataset.train, indices, config.data.image_size
