@@ -314,7 +314,8 @@ def test_own_statistics_are_those_of_each_image(module, variant, size):
   for i in range(3):
     alone, own = encode(backbone, images[i : i + 1])
     for a, b in zip(pyramid, alone, strict=True):
-      np.testing.assert_allclose(a[i], b[0], atol=1e-4)
+      # Sums of another order, through all layers.
+      np.testing.assert_allclose(a[i], b[0], atol=3e-4)
     for path, value in own.items():
       np.testing.assert_allclose(statistics[path][i], value[0], atol=1e-4)
   path, conv = (

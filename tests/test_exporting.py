@@ -20,7 +20,7 @@ from distillfss_jax.data import transforms
 from distillfss_jax.exporting import graph, onnx, primitives, resizing
 from distillfss_jax.models import base as model_base
 from distillfss_jax.models import dcama, distilled
-from distillfss_jax.ops import resize
+from distillfss_jax.ops import polarity, resize
 from tests import parity
 
 pytest.importorskip(
@@ -206,6 +206,14 @@ _CASES = {
   'barrier': (lambda x: lax.optimization_barrier((x, x + 1)), _X),
   'what goes through': (lambda x: (x, 2 * x.T, np.arange(3)), _X),
 }  # fmt: skip
+
+
+def test_polar_images():
+  rng = np.random.default_rng(0)
+  images = rng.uniform(0, 0.4, (2, 24, 40, 3)).astype(np.float32)
+  images[0, :10, :12] += 0.5
+  images[1, 10:] += 0.4
+  _check(polarity.polar, images, free=(0,))
 
 
 @pytest.mark.parametrize('name', _CASES)

@@ -34,7 +34,7 @@ def polar(images: Array) -> Array:
 def _share_below(grey):
   """[b, levels]: which share of an image is at most so light."""
   step = max(1, min(grey.shape[1:]) // _SAMPLE)
-  values = grey[:, ::step, ::step].reshape(len(grey), -1, 1)
+  values = grey[:, ::step, ::step].reshape(grey.shape[0], -1, 1)
   ends = (jnp.arange(_LEVELS) + 1) / _LEVELS
   return (values <= ends).mean(1)
 
