@@ -145,12 +145,15 @@ def source(config: ConfigDict) -> ConfigDict:
 
 
 RECIPES = ('paper', 'ours', 'unet')
+# Methods that are tested as they are: nothing adapts.
+BASELINES = ('bam', 'hdmnet')
 
 ARGUMENTS = {
-  'method': ('distill', 'transfer'),
+  'method': ('distill', 'transfer', *BASELINES),
   'shots': int,
   'backbone': ('swin_b', 'resnet50'),
   'student': ('full', 'light', 'attention'),
+  'model_shots': ('1', '5'),  # that a baseline's model takes at once
   'seed': int,
   'smoke': False,
 }
@@ -202,7 +205,7 @@ def benchmark(
   config.steps = steps
   if arg.recipe != 'paper':
     given = {item.partition('=')[0] for item in text.split(',')}
-    if left := sorted(given & {'backbone', 'method', 'student'}):
+    if left := sorted(given & {'backbone', 'method', 'model_shots', 'student'}):
       raise ValueError(
         f'{", ".join(left)} belong to recipe=paper; recipe={arg.recipe} has a '
         'model of its own'
@@ -217,6 +220,8 @@ def benchmark(
     config.steps = transfer_steps or steps
     config.model.fields.voting = 10
     config.optim.trainable = ('D',)
+  elif arg.method in BASELINES:
+    baseline(config, arg.method, int(arg.model_shots))
   return config, arg
 
 
@@ -248,6 +253,27 @@ def few_views(config: ConfigDict, *, look: str) -> None:
   config.optim.schedule, config.optim.warmup = 'cosine', '20'
   config.eval.batch_size = 8
   config.eval.brightness = True
+
+
+def baseline(config: ConfigDict, name: str, shots: int) -> None:
+  """Sets a method of another paper, as trained on COCO-20i, and no training.
+
+  Whatever `support.shots` is, its model takes `shots` at once: they are
+  answered in rounds, the last of which repeats its last shot, and the largest
+  answer of all rounds counts. With steps it is TransferFSS of that method.
+
+  Args:
+    config: to be changed.
+    name: of `BASELINES`.
+    shots: of the model.
+  """
+  config.system, config.steps = 'transferfss', 0
+  config.model.name = name
+  with config.unlocked():
+    config.model.fields = ConfigDict({'classes': 61, 'shots': shots})
+  config.model.backbone.name = 'resnet50_deep'
+  config.optim.trainable = ('meta',)
+  config.data.image_size = 641
 
 
 FOLDS = {
@@ -297,9 +323,6 @@ def folds_done(config: ConfigDict, arg: types.SimpleNamespace) -> ConfigDict:
   """The config, locked, and made small if the arguments ask for it."""
   if arg.smoke:
     smoke(config)
-    config.model.backbone.name = (
-      'vgg_tiny' if arg.backbone == 'vgg16' else 'resnet_tiny_deep'
-    )
     config.data.workers, config.epochs, config.eval.epochs = 0, 0.0, 0.0
     config.eval.keep_best = False
     if 'source' in config:
@@ -327,11 +350,14 @@ def grid(shots: tuple[int, ...], **more: tuple):
 def smoke(config: ConfigDict) -> ConfigDict:
   """The same experiment in a minute: tiny images, backbone and step count."""
   config.data.image_size = 64
-  config.model.backbone.name = 'resnet_tiny'
-  config.model.backbone.init, config.model.backbone.fields = '', ConfigDict()
+  small = {'resnet50_deep': 'resnet_tiny_deep', 'vgg16': 'vgg_tiny'}
+  name = config.model.backbone.name
+  if name not in small.values():
+    config.model.backbone.name = small.get(name, 'resnet_tiny')
   if 'views' in config:
+    config.model.backbone.init, config.model.backbone.fields = '', ConfigDict()
     config.views.update(look='polarity', size=32, sides=(32.0, 96.0))
-  config.steps, config.epochs = 4, 0.0
+  config.steps, config.epochs = min(config.steps, 4), 0.0
   config.log_every = 2
   config.checkpoint_every = 2
   config.eval.panels = 2

@@ -5,8 +5,9 @@
 
 Arguments after the colon, separated by commas:
 
-    method=distill|transfer  shots=5|10|25|50  backbone=swin_b|resnet50
-    student=full|light|attention  seed=0  smoke
+    method=distill|transfer|bam|hdmnet  shots=5|10|25|50
+    backbone=swin_b|resnet50  student=full|light|attention  seed=0  smoke
+    model_shots=1|5, that the model of bam and hdmnet takes at once
 
 Published test mIoU (the best of a grid, selected on the test set), 5/10/25/50
 shots: DistillFSS Swin-B 69.6/71.2/68.2/80.0, ResNet-50 12.8/20.7/25.2/21.1;

@@ -94,7 +94,7 @@ _NOTHING = object()  # equal to no value
 # {key: (least, most)} of numbers whose wrong values would be noticed late.
 _BOUNDS = {
   'seed': (0, 2**32 - 1),
-  'steps': (1, 10**9),
+  'steps': (0, 10**9),
   'epochs': (0, 10**6),
   'micro_batch': (0, 10**6),
   'log_every': (1, 10**9),

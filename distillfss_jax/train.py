@@ -228,6 +228,8 @@ class _Job:
   def _loop(self, state, found, extra, clock):
     """The loop: dispatches of steps, between them whatever is due."""
     config, task = self.config, self.task
+    if not self.steps:  # it is tested as it is
+      return state
     iterator = iter(task.batches())
     if found:
       iterator.set_state(found.data_state)

@@ -75,7 +75,7 @@ def build(
     ValueError: the config does not fit; the message names the key.
   """
   system, draw = systems.build(config, ways)
-  steps = steps or config.steps
+  steps = config.steps if steps is None else steps
   graph, abstract = nnx.split(system)
   known = set(params.shapes(nnx.state(system, nnx.Param)))
   tx = optim.build(

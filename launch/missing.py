@@ -28,7 +28,8 @@ def _arguments(run):
   keys += [key for key in config if key.startswith('data.args.')]
   for key in [*keys, 'seed']:
     if type(config[key]) in (str, int):
-      name, value = _argument(key, config[key])
+      value = run.kind[0] if key == 'system' else config[key]
+      name, value = _argument(key, value)
       if todays(config['name'], f'{name}={value}'):
         taken[name] = value
   return taken
@@ -58,7 +59,7 @@ def fill(run: Run, changes: dict) -> dict | None:
 
   None where there is none: its config does not take them.
   """
-  config, cell = run.config, cell_of(run)
+  config, cell = {**run.config, 'system': run.kind[0]}, cell_of(run)
   if cell is None:
     return None
   changes = {k: v for k, v in changes.items() if v != config[k]}
@@ -78,6 +79,8 @@ def fill(run: Run, changes: dict) -> dict | None:
   made = base | {k.removeprefix('config.'): cell[k] for k in cell if '.' in k}
   wanted = {key: config[key] for key in results.NEEDED} | changes
   accepted = made.keys() == base.keys()
+  if made:
+    made['system'] = results.kind_of(made)[0]
   return cell if accepted and wanted.items() <= made.items() else None
 
 

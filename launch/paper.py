@@ -54,7 +54,9 @@ def beside(
     if names[dataset]:
       theirs = _rows(dataset, published(paper, names[dataset]))
     for row, alike in itertools.groupby(mine, lambda row: row.label[1:3]):
-      found += [*alike, *([theirs.pop(row)] if row in theirs else [])]
+      # It names no backbone of methods that it has not trained.
+      there = [x for x in (row, (row[0], '')) if x in theirs]
+      found += [*alike, *(theirs.pop(x) for x in there)]
     found += theirs.values()
   return found, sorted({*names.values()} - {''})
 

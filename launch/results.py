@@ -11,6 +11,7 @@ from distillfss_jax import files
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 AVERAGED = ('seed', 'support.seed')  # what a mean is taken over
 SYSTEMS = {'DistillFSS': 'distillfss', 'TransferFSS': 'transferfss'}
+MODELS = {'BAM': 'bam', 'HDMNet': 'hdmnet', 'DCAMA': 'dcama'}
 NEEDED = {
   'name': str, 'system': str, 'student': str, 'seed': int, 'data.name': str,
   'model.backbone.name': str, 'support.shots': int, 'support.rule': str,
@@ -31,18 +32,26 @@ class Run:
     """Takes what was read; `dataset` is set once all runs are known."""
     self.folder, self.config, self.results = folder, config, results
     self.dataset = ''
-    distills = config['system'] == 'distillfss'
-    self.kind = config['system'], config['student'] if distills else ''
+    self.kind = kind_of(config)
     self.backbone = config['model.backbone.name']
     self.shots = config['support.shots']
     self.draw = tuple(config[key] for key in AVERAGED)
     self.place = self.kind, self.backbone, self.shots, self.draw
 
 
+def kind_of(config: dict) -> tuple[str, str]:
+  """What is trained; where nothing is, the model that is tested as it is."""
+  if config.get('steps') == 0 and not config.get('epochs'):
+    return config['model.name'], ''
+  distills = config['system'] == 'distillfss'
+  return config['system'], config['student'] if distills else ''
+
+
 def method(kind: tuple[str, str], role: str = '') -> str:
   """Its name in the tables, such as 'DistillFSS (light) teacher'."""
   system, student = kind
-  name = {theirs: name for name, theirs in SYSTEMS.items()}.get(system, system)
+  names = {theirs: name for name, theirs in (SYSTEMS | MODELS).items()}
+  name = names.get(system, system)
   which = f' ({student})' if student not in ('', 'full') else ''
   # What is trained for its own sake goes without saying.
   plain = 'student' if student else 'teacher'

@@ -739,6 +739,36 @@ def test_the_papers_numbers_are_marked(root):
   )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+  ('name', 'shown'), [('bam', 'BAM'), ('hdmnet', 'HDMNet')]
+)
+def test_baselines_stand_beside_the_papers(root, name, shown):
+  """Under their own names, the paper's row next to ours."""
+  put(root, f'method={name},shots=5', None, 0.12)
+  put(root, f'method={name},shots=10', None, 0.14)
+  report, _ = made(root, paper=True)
+  rows = [(row.method, row.backbone) for row in report.rows]
+  at = rows.index((shown, 'resnet50_deep'))
+  assert rows[at + 1] == (f'{shown}, paper', '')
+  assert rows.count((f'{shown}, paper', '')) == 1
+  found = cells(report)
+  assert found['nucleus', shown, 'resnet50_deep', '', 10] == '14.0 (n=1)'
+  named = [x for x in report.missing if f' {shown},' in x[0]]
+  assert not named
+
+
+def test_a_missing_run_of_a_baseline_has_its_command(root):
+  put(root, 'method=bam,shots=5,seed=0', None, 0.12)
+  put(root, 'method=bam,shots=5,seed=1', None, 0.13)
+  put(root, 'method=bam,shots=10,seed=0', None, 0.14)
+  report, _ = made(root)
+  lines = [line for what, line in report.missing if ' BAM,' in what]
+  assert len(lines) == 1
+  config = config_of(lines[0])
+  assert (config['model']['name'], config['steps']) == ('bam', 0)
+  assert (config['support']['shots'], config['seed']) == (10, 1)
+
+
 def test_shots_that_are_counted_otherwise(tmp_path):
   put(tmp_path, 'shots=9', 0.1, stem='isic')
   put(tmp_path, 'shots=10,fold=0', 0.1, stem='industrial')

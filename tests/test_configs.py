@@ -140,6 +140,22 @@ def test_settings_of_the_paper(name):
     assert (config.episodes.draws, config.model.fields.mix_size) == (0, 0)
 
 
+@pytest.mark.parametrize('name', PAPER)
+@pytest.mark.parametrize('method', ['bam', 'hdmnet'])
+def test_baselines_of_the_paper(name, method):
+  """The same rule for all datasets: nothing trains, rounds of 1 or 5 shots."""
+  for shots in (1, 5):
+    config = load(name, f'method={method},shots=20,model_shots={shots}')
+    assert (config.system, config.steps) == ('transferfss', 0)
+    assert config.model.name == method
+    assert config.model.fields.to_dict() == {'classes': 61, 'shots': shots}
+    assert config.model.backbone.name == 'resnet50_deep'
+    assert config.data.image_size == 641
+    assert config.support.shots == 20
+  config = load(name, f'method={method},smoke')
+  assert (config.steps, config.model.backbone.name) == (0, 'resnet_tiny_deep')
+
+
 def test_shots_of_the_paper():
   """As many as its tables have: 5 to 50, but where classes share them."""
   for name in PAPER:

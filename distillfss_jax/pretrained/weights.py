@@ -361,7 +361,12 @@ def _of_folder(arrays, row):
     below = _below(arrays, row.theirs, row.source)
     return {f'{part.path}{path}': x for path, x in below.items()}
   paths = tuple(part.path for part in row.parts)
-  return {path: x for path, x in arrays.items() if path.startswith(paths)}
+  found = {path: x for path, x in arrays.items() if path.startswith(paths)}
+  heads = {path.partition('/')[0] for path in arrays}
+  if found or len(heads) > 1 or not all(x.optional for x in row.parts[1:]):
+    return found
+  # A system of one model, which it calls otherwise.
+  return {f'{paths[0]}{x.partition("/")[2]}': y for x, y in arrays.items()}
 
 
 def _wanted(paths, given, parts):
