@@ -42,7 +42,7 @@ FLOORS = {
   'systems': 5,
   **dict.fromkeys(('train_step', 'evaluators'), 6),
   **dict.fromkeys(('held_out', 'tasks'), 7),
-  **dict.fromkeys(('inference', 'train'), 8),
+  **dict.fromkeys(('inference', 'suggest', 'train'), 8),
 }  # fmt: skip
 TOP = 9
 
