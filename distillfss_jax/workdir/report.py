@@ -199,11 +199,12 @@ def _references(references, columns):
 
 
 def _gallery(answers):
-  """Test images, those with the lowest score first."""
+  """Test images, those with the lowest score first: the student's, if any."""
 
   def worst(answer):
-    known = [x for x in answer.scores.values() if x is not None]
-    return known[0] if known else 2.0
+    first = next(iter(answer.scores.values()))
+    score = answer.scores.get('student', first)
+    return 2.0 if score is None else score  # what is not defined comes last
 
   answers = sorted(answers, key=worst)
   roles = list(answers[0].scores)
