@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -38,6 +39,7 @@ from distillfss_jax.workdir import (
   checkpoint,
   locking,
   pictures,
+  report,
   signals,
   writer,
 )
@@ -434,10 +436,21 @@ class _Job:
     pictures.curves(
       self.workdir / 'metrics.jsonl', self.workdir / 'panels' / 'curves.png'
     )
+    report.write(self.workdir, results, self.task.answers, command=_command())
     results_lib.write_results(self.workdir, results)
     logging.info(
       'scores on %d test images:\n%s', scored.images, score_table(results)
     )
+
+
+def _command():
+  """The command that started this process, '' where it was no command of ours.
+
+  Not what results.json could hold: the same run may be started in many ways.
+  """
+  if pathlib.Path(sys.argv[0]).name != 'main.py':
+    return ''
+  return shlex.join(['python', '-m', 'distillfss_jax.main', *sys.argv[1:]])
 
 
 def _abstract(x):

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import decimal
+import html
 import io
 import re
 import statistics
@@ -266,10 +267,43 @@ def png(figure, title: str) -> bytes:
   return out.getvalue()
 
 
+def page(report: Report) -> str:
+  """The report for a browser, in one file: what sorts, the plot, and links."""
+  from distillfss_jax.workdir import report as pages  # slow to import
+
+  header, lines, _ = report.table()
+  parts = [f'<p>{html.escape(report.title)}</p>', pages.table(header, lines)]
+  parts += [f'<p>{html.escape(note)}</p>' for note in report.notes]
+  parts.append(pages.picture(plot(report)))
+  runs = [
+    run
+    for row in report.rows
+    if not row.paper
+    for cell in row.cells.values()
+    for run in cell.runs
+  ]
+  # A run's folder holds its own page, where this version has made it.
+  for title, some in (
+    ('Runs', {run.folder: run for run in runs}.values()),
+    ('Unfinished', report.unfinished),
+  ):
+    if some:
+      parts += [f'<h2>{title}</h2>', '<ul>', *map(_linked, some), '</ul>']
+  return pages.page('A sweep', parts)
+
+
+def _linked(run):
+  name, place = html.escape(str(run.folder)), run.folder.resolve()
+  if (place / 'report.html').is_file():
+    name = f'<a href="{(place / "report.html").as_uri()}">{name}</a>'
+  return f'<li>{name}</li>'
+
+
 FORMATS = {
   'terminal': ('', terminal),
   'markdown': ('table.md', markdown),
   'csv': ('table.csv', as_csv),
   'latex': ('table.tex', latex),
   'plot': ('scores.png', plot),
+  'html': ('report.html', page),
 }

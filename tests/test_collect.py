@@ -577,8 +577,8 @@ def test_errors(root, tmp_path, capsys):
   said = failed(capsys, root, '--metric', 'nosuch')
   assert 'none of the 4 finished runs' in said
   assert 'miou, fb_iou' in said
-  said = failed(capsys, root, '--format', 'html')
-  assert "no format 'html'; there are: terminal, markdown" in said
+  said = failed(capsys, root, '--format', 'pdf')
+  assert "no format 'pdf'; there are: terminal, markdown" in said
   assert 'needs --out' in failed(capsys, root, '--format', 'plot')
   said = failed(capsys, root, '--paper', '--metric', 'fb_iou')
   assert 'miou only' in said
@@ -593,11 +593,14 @@ def test_files(root, tmp_path, capsys):
   collect.main([str(root), '--out', str(out), '--paper'])
   assert capsys.readouterr().out.startswith(TITLE)
   assert sorted(x.name for x in out.iterdir()) == [
-    'scores.png', 'table.csv', 'table.md', 'table.tex',
+    'report.html', 'scores.png', 'table.csv', 'table.md', 'table.tex',
   ]  # fmt: skip
   with Image.open(out / 'scores.png') as picture:
     assert min(picture.size) > 300
     assert np.asarray(picture.convert('RGB')).std() > 5
+  page = (out / 'report.html').read_text()
+  assert not re.search('https?://', page)
+  assert page.count('<table>') == page.count('<img src="data:image/png') == 1
   collect.main([str(root), '--format', 'csv,markdown'])
   assert TITLE in capsys.readouterr().out
   only = tmp_path / 'only'

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import distillfss_jax
+from distillfss_jax import config as configs
 from distillfss_jax import predict
 from distillfss_jax.data import forms, transforms
 from distillfss_jax.datasets import folder as folder_dataset
@@ -170,6 +171,8 @@ def test_a_run_of_an_older_version(made, tmp_path):
   assert older.palette == model.palette
   assert older.digest == model.digest
   assert sources.usual(older.sizes) == model.seen
+  assert configs.flat(older.config) == configs.saved(run / 'config.json')
+  assert not older.config.model.backbone.fields  # a group without keys is there
 
 
 def test_what_is_no_run(made, tmp_path):

@@ -7,6 +7,7 @@ keeps beside them.
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -163,6 +164,15 @@ def test_a_run_leaves_its_folder(finished):
   assert steps_saved(workdir) == [STEPS - 2, STEPS]
   assert not list((workdir / 'checkpoints').glob('*tmp*'))
   assert not list(workdir.rglob('.results*'))
+
+
+def test_a_page_for_a_browser(finished):
+  workdir, _ = finished
+  page = (workdir / 'report.html').read_text()
+  assert '<pre>python -m distillfss_jax.main --config=configs/demo.py' in page
+  assert not re.search('https?://', page)
+  for text in ('Support', 'Curves', 'worst first', 'type="range"'):
+    assert text in page
 
 
 def test_results(finished):

@@ -20,7 +20,7 @@ from distillfss_jax.evaluators.base import Scored
 from distillfss_jax.ops.metrics import Confusion
 from distillfss_jax.train_step import Program
 from distillfss_jax.types import TrainState
-from distillfss_jax.workdir import pictures
+from distillfss_jax.workdir import pictures, report
 
 
 class Data(abc.ABC):
@@ -60,6 +60,7 @@ class Task(abc.ABC):
     gives: the type of its batches.
     own: whether each process reads a part of each batch; else all read all.
     steps: of the whole run.
+    answers: what `show_answers` has shown, for the report.
   """
 
   gives: type
@@ -69,6 +70,7 @@ class Task(abc.ABC):
     self.config, self.data, self.steps = config, data, steps
     self.program, self.mesh = place.program, place.mesh
     self.workdir, self.out = place.workdir, place.out
+    self.answers = []
 
   @abc.abstractmethod
   def batches(self) -> Iterable:
@@ -132,6 +134,16 @@ class Task(abc.ABC):
     }
     panel = pictures.query_panel(
       image, truth, scored, name=name, palette=palette
+    )
+    self.answers.append(
+      report.Answered(
+        name,
+        image,
+        {'truth': truth, **answers},
+        {role: score for role, (_, score) in scored.items()},
+        classes,
+        palette,
+      )
     )
     rows = [pictures.legend(classes, palette), panel, *below]
     self._write_picture(self.steps, f'test/{name}', pictures.grid(rows))
