@@ -16,6 +16,6 @@ source launch/setup.sh
 prepare_python ${REQUIREMENTS:-} requirements-dev.txt
 if [[ $# == 0 ]]; then
   # Most of the time is compiling, which keeps one core busy.
-  set -- -n 2 --dist loadfile -m 'not slow'
+  set -- -n 2 --dist loadfile --durations=15 -m 'not slow'
 fi
 exec "$python" -m pytest "$@"

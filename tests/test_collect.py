@@ -252,7 +252,9 @@ def test_commands_repeat_what_was_changed(tmp_path):
   assert done.returncode == 0, done.stderr
   config = json.loads(done.stdout)
   assert config['optim']['trainable'] == ['A', 'student']
-  assert config['support'] == {'shots': 5, 'rule': 'random', 'seed': 4}
+  assert config['support'] == {
+    'shots': 5, 'rule': 'random', 'seed': 4, 'ids': []
+  }  # fmt: skip
 
 
 PARSE = """
