@@ -87,7 +87,8 @@ def read_file(path: str | os.PathLike) -> dict[str, Any]:
   return defined
 
 
-OPEN = 'auto'  # a value that the run chooses; its folder then has the choice
+# A value that the run chooses, of these keys; its folder then has the choice.
+OPEN, CHOSEN = 'auto', ('views.look',)
 
 _NOTHING = object()  # equal to no value
 
@@ -251,7 +252,7 @@ def differences(
   return [
     f'{key} was {said(before, key)}, is {said(now, key)}'
     for key in sorted(before)
-    if now.get(key) != OPEN
+    if not (key in CHOSEN and now.get(key) == OPEN)
     and before[key] != now.get(key, ADDED.get(key, _NOTHING))
   ]
 

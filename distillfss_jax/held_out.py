@@ -29,9 +29,6 @@ RECOLOURED = 3  # times that a held-out image is scored in other colours
 # Every one of them is in other colours.
 _OTHER = dataclasses.replace(views.Appearance(), recoloured=0.5, inverted=1.0)
 
-# {key: its values}, the last for a support that cannot be cut in two.
-CHOICES = {'views.look': tuple(finetune.LOOKS)}
-
 
 def decide(config, data, workdir: pathlib.Path):
   """The config without open choices; a run's folder keeps those it made.
@@ -40,26 +37,18 @@ def decide(config, data, workdir: pathlib.Path):
     config: of the run.
     data: of its task: `support` and `ways`.
     workdir: the run's folder; `held_out.json` there tells the scores.
-
-  Raises:
-    ValueError: a key cannot be left open.
   """
   values = configs.flat(config)
-  open_keys = [key for key, value in values.items() if value == configs.OPEN]
-  if not open_keys:
+  [key] = configs.CHOSEN
+  if values.get(key) != configs.OPEN:
     return config
-  if open_keys != list(CHOICES):
-    raise ValueError(
-      f'config.{open_keys[0]} cannot be {configs.OPEN!r}; '
-      f'{", ".join(CHOICES)} can'
-    )
-  [(key, candidates)] = CHOICES.items()
+  candidates = tuple(finetune.LOOKS)
   scores = {}
   saved = workdir / 'config.json'
   if saved.exists():
     choice = configs.saved(saved)[key]
   elif len(data.support.images) < 2:
-    choice = candidates[-1]
+    choice = candidates[-1]  # nothing to choose by
     logging.warning(
       'config.%s=%s: one annotated image cannot be held out; %s is taken',
       key, configs.OPEN, choice,

@@ -174,11 +174,14 @@ def test_one_image_cannot_be_held_out(tmp_path, caplog):
   assert 'cannot be held out' in caplog.text
 
 
-def test_what_cannot_be_left_open(tmp_path):
+def test_auto_is_a_name_elsewhere(tmp_path):
   made = _small()
-  made.optim.schedule = config.OPEN
-  with pytest.raises(ValueError, match=r'optim\.schedule cannot be'):
-    held_out.decide(made, _data(), tmp_path)
+  made.name = config.OPEN
+  assert held_out.decide(made, _data(), tmp_path) is made
+  other = made.copy_and_resolve_references()
+  other.name = 'other'
+  [said] = config.differences(other, made)
+  assert said == "name was 'other', is 'auto'"
 
 
 @pytest.mark.slow
