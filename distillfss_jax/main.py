@@ -58,9 +58,7 @@ def main(argv):
   # The terminal shows progress and warnings; the rest goes to the run's log.
   logging.set_verbosity(logging.WARNING)
   logging.set_stderrthreshold('warning')
-  # Compiled programs are kept beside the runs: a second one starts at once.
-  cache = workdir.parent / '.compiled'
-  jax.config.update('jax_compilation_cache_dir', str(cache))
+  parallel.keep_programs(workdir.parent)
   finished = (workdir / 'results.json').exists()
   try:
     # A finished run needs nobody: others may be gone already.

@@ -1,5 +1,7 @@
 """Devices and processes: the mesh, a program mapped over it, agreement."""
 
+import os
+import pathlib
 import re
 import socket
 import time
@@ -23,6 +25,21 @@ _LOST = re.compile(
   r'(?i)gloo|nccl|coordination|heartbeat|connection|socket|UNAVAILABLE|'
   r'DEADLINE_EXCEEDED|ABORTED'
 )
+
+
+def keep_programs(folder: pathlib.Path) -> None:
+  """Keeps compiled programs, so that the same one starts at once next time.
+
+  Args:
+    folder: where runs lie; programs lie in its .compiled. The environment's
+      JAX_COMPILATION_CACHE_DIR is used instead where it is set.
+  """
+  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    place = str(folder / '.compiled')
+    jax.config.update('jax_compilation_cache_dir', place)
+  if not os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
+    # A start has dozens of small programs, which JAX alone would not keep.
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
 def start(

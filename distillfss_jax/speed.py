@@ -1,11 +1,14 @@
-"""What teacher, student and training cost on this machine.
+"""What a model and its training cost on this machine, and to compile.
 
     python -m distillfss_jax.speed --config configs/nucleus.py:backbone=resnet50
+    python -m distillfss_jax.speed --config configs/bam.py --what train
 
 Random images go through the config's model; no dataset is read. Compilation
 and the first call stay apart from the timed calls, each of which waits for its
 result. A support is memorized once, so a `teacher` row is a query alone, and
-the `memorize` row before it is what its support cost.
+the `memorize` row before it is what its support cost. A DCAMA teacher and its
+students are measured beside each other, all other systems as the config has
+them.
 """
 
 import copy
@@ -20,6 +23,7 @@ import sys
 import time
 from importlib import metadata
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,17 +44,19 @@ from distillfss_jax import (
 from distillfss_jax.data import pipeline
 from distillfss_jax.models import distilled
 from distillfss_jax.tasks import adaptation
-from distillfss_jax.types import Support, Table, TrainState
+from distillfss_jax.types import Dense, Episode, Support, Table, TrainState
 from distillfss_jax.workdir import results
 
-WHAT = ('backbone', 'teacher', 'student', 'train')
+WHAT = ('backbone', 'teacher', 'student', 'train')  # of DCAMA and students
+OTHERS = ('predict', 'train')  # of all other systems
+SHOTS = (1, 5, 10, 50)
 
 
 def run(
   config,
   *,
-  what=WHAT,
-  shots=(1, 5, 10, 50),
+  what=None,
+  shots=None,
   students=('full', 'light'),
   ways=1,
   batch_size=1,
@@ -61,8 +67,9 @@ def run(
 
   Args:
     config: see `configs/common.py`; training takes its support and episodes.
-    what: of `WHAT`.
-    shots: sizes of the teacher's support.
+    what: of `WHAT`, or of `OTHERS`; None for all that the config has.
+    shots: sizes of the support of `teacher` or `predict`; None for `SHOTS`, or
+      the config's own.
     students: of `models/distilled.py`.
     ways: foreground classes.
     batch_size: queries of a call.
@@ -72,7 +79,8 @@ def run(
   Returns:
     The machine, the config, and 'rows', a dict per case:
       ms, least_ms: median and least of the timed calls.
-      per_second: images; in training, sweeps over all episodes.
+      per_second: images; in training, steps: of an adaptation, that is a
+        sweep over all episodes.
       parameters: those read, with those a teacher's memory took; in training,
         those moved.
       support_mb: what is kept of the support: teacher's memory, or bank.
@@ -88,7 +96,12 @@ def run(
     ValueError: an unknown name, no number, or an `out` of another kind.
     OSError: `out` cannot be written; it is tried first.
   """
-  named = (('what', what, WHAT), ('students', students, distilled.variants))
+  pair = is_pair(config)
+  kinds = WHAT if pair else OTHERS
+  what = kinds if what is None else what
+  if shots is None:
+    shots = SHOTS if pair else (config.support.shots,)
+  named = (('what', what, kinds), ('students', students, distilled.variants))
   for flag, names, known in named:
     if unknown := sorted(set(names) - set(known)):
       raise ValueError(
@@ -111,11 +124,62 @@ def run(
     bench.teacher(map(int, shots))
   for student in students if 'student' in what else ():
     bench.student(student)
-  if 'train' in what:
-    bench.train('transferfss')
+  if 'predict' in what:
+    bench.predict(map(int, shots))
+  if 'train' in what and not pair:
+    bench.train(config)
+  elif 'train' in what:
+    bench.train(bench.variant('transferfss'))
     for student in students:
-      bench.train('distillfss', student)
+      bench.train(bench.variant('distillfss', student), student)
   return bench.results()
+
+
+def is_pair(config) -> bool:
+  """Whether a config has DCAMA's teacher, which students can imitate."""
+  systems_of_it = ('transferfss', 'distillfss')
+  return config.model.name == 'dcama' and config.system in systems_of_it
+
+
+def example(config, ways: int, takes: type, random):
+  """Random input of a training step, as the config's task would give it.
+
+  Args:
+    config: see `configs/common.py`.
+    ways: foreground classes.
+    takes: the type of the system's batches.
+    random: NumPy's generator.
+
+  Returns:
+    What `Program.shared` takes besides the variables, a batch [b, ...], and
+    [b] bool, which of its items count.
+  """
+  side, shots = config.data.image_size, config.support.shots
+
+  def images(*lead):
+    return random.integers(0, 256, (*lead, side, side, 3), np.uint8)
+
+  def labels(*lead, most=ways):
+    return random.integers(0, 1 + most, (*lead, side, side), np.uint8)
+
+  if takes is Table:
+    support = images(shots), labels(shots).astype(np.int32)
+    tables = adaptation.episode_tables(config, np.ones((shots, ways), bool))
+    step = next(iter(pipeline.step_tables(tables, steps=1)))
+    return support, Table(step['table']), step['valid']
+  if takes is Dense:
+    b = config.dense.batch_size
+    return (), Dense(images(b), labels(b)), np.ones(b, bool)
+  b, known = config.source.batch_size, config.model.fields.get('classes', 2) - 1
+  batch = Episode(
+    images(b),
+    labels(b, most=1),
+    images(b, shots),
+    labels(b, shots, most=1),
+    labels(b, most=known),
+    random.integers(0, known, b).astype(np.int32),
+  )
+  return (np.arange(1, 1 + known, dtype=np.int32),), batch, np.ones(b, bool)
 
 
 def flops(jaxpr) -> int:
@@ -190,7 +254,7 @@ class _Bench:
     self.product = jax.jit(jnp.matmul)
 
   def backbone(self):
-    config = self._variant('transferfss')
+    config = self.variant('transferfss')
     graph, abstract = nnx.split(systems.build(config, self.ways)[0])
 
     def encode(variables, images):
@@ -203,42 +267,56 @@ class _Bench:
     self._measure('backbone', jax.jit(encode), inputs, counted, len(images))
 
   def teacher(self, shots):
-    program, variables, counted = self._build(self._variant('transferfss'))
+    built = self._build(self.variant('transferfss'))
     for s in shots:
-      images = self._images(1, s)
-      masks = self.random.random((*images.shape[:4], self.ways)) < 0.5
-      support = Support(
-        images,
-        jnp.asarray(masks, jnp.float32),
-        jnp.ones((1, s, self.ways), bool),
-      )
-      inputs, case = (variables, support), ('memorize', s)
-      memory, read = self._measure(case, program.memorize, inputs, counted, s)
-      images, case = self._images(self.batch_size), ('teacher', s)
-      inputs, items = (variables, memory, images, ('teacher',)), len(images)
-      self._measure(case, program.predict, inputs, counted, items, memory, read)
-      del inputs, memory  # before there are two
+      self._few_shot('teacher', s, *built, ('teacher',))
+
+  def predict(self, shots):
+    """What the config's system says of images, in all its roles."""
+    program, variables, counted = self._build(self.config)
+    if 'student' in program.roles or program.takes is Dense:
+      images = self._images(self.batch_size)
+      inputs = variables, None, images, program.roles
+      self._measure('predict', program.predict, inputs, counted, len(images))
+      return
+    for s in shots:
+      self._few_shot('predict', s, program, variables, counted, program.roles)
+
+  def _few_shot(self, name, s, program, variables, counted, roles):
+    """A support of s shots, and then queries."""
+    images = self._images(1, s)
+    masks = self.random.random((*images.shape[:4], self.ways)) < 0.5
+    support = Support(
+      images,
+      jnp.asarray(masks, jnp.float32),
+      jnp.ones((1, s, self.ways), bool),
+    )
+    inputs, case = (variables, support), ('memorize', s)
+    memory, read = self._measure(case, program.memorize, inputs, counted, s)
+    images, case = self._images(self.batch_size), (name, s)
+    inputs, items = (variables, memory, images, roles), len(images)
+    self._measure(case, program.predict, inputs, counted, items, memory, read)
 
   def student(self, student):
-    config = self._variant('distillfss', student)
+    config = self.variant('distillfss', student)
     program, variables, counted = self._build(config)
     images = self._images(self.batch_size)
     inputs = variables, None, images, ('student',)
     name = f'student {student}'
     self._measure(name, program.predict, inputs, counted, len(images))
 
-  def train(self, system, student=''):
-    """A sweep: all episodes forward and backward, and an optimiser step."""
-    config, mesh = self._variant(system, student), parallel.mesh()
+  def train(self, config, student=''):
+    """A step: all of a batch forward and backward, and the optimiser."""
+    mesh = parallel.mesh()
     program, variables, _ = self._build(config)
-    images = self._images(config.support.shots)
-    labels = self.random.integers(0, self.ways + 1, images.shape[:3])
-    bank = program.shared(variables, images, labels)
+    found = example(config, self.ways, program.takes, self.random)
+    arrays, *batch = found
+    bank = program.shared(variables, *arrays)
     state = program.start(variables)
-    tables = adaptation.episode_tables(config, np.asarray(bank.present))
+    moved = {f'params/{path}' for path in state.params}
     feed = feeding.Feed(
-      iter(pipeline.step_tables(tables, steps=1)),
-      lambda x: (Table(x['table']), x['valid']),
+      iter(grain.MapDataset.source([tuple(batch)]).to_iter_dataset()),
+      lambda x: x,
       rows=program.rows,
       mesh=mesh,
       own=False,
@@ -250,9 +328,9 @@ class _Bench:
       *feed.take(1),
       np.int32(1),
     )
-    case = f'train {system} {student}'.strip(), len(images)
-    moved = {f'params/{path}' for path in state.params}
-    self._measure(case, program.dispatch, inputs, moved, 1, bank)
+    name = f'train {config.system} {student}'.strip()
+    shots = None if program.takes is Dense else config.support.shots
+    self._measure((name, shots), program.dispatch, inputs, moved, 1, bank)
 
   def results(self):
     """Everything so far."""
@@ -357,7 +435,7 @@ class _Bench:
       seconds = time.perf_counter() - begin
       self.rate = max(self.rate, 2e-9 * len(self.matrix) ** 3 / seconds)
 
-  def _variant(self, system, student=''):
+  def variant(self, system, student=''):
     """The config, as one of both systems."""
     config = copy.deepcopy(self.config)
     config.system = system
@@ -425,8 +503,9 @@ def parse(argv):
 def define_flags():
   """Defines the flags; not on import, other programs have their own."""
   config_flags.DEFINE_config_file('config', None, 'The model and training.')
-  flags.DEFINE_list('what', ','.join(WHAT), f'Of {", ".join(WHAT)}.')
-  flags.DEFINE_list('shots', '1,5,10,50', "Sizes of the teacher's support.")
+  what = f'Of {", ".join(WHAT)}; of other systems {", ".join(OTHERS)}.'
+  flags.DEFINE_list('what', None, what)
+  flags.DEFINE_list('shots', None, "Sizes of a few-shot method's support.")
   flags.DEFINE_list('students', 'full,light', 'Of full, light, attention.')
   flags.DEFINE_integer('ways', 1, 'Foreground classes.', lower_bound=1)
   flags.DEFINE_integer('batch_size', 1, 'Queries of a call.', lower_bound=1)

@@ -2,7 +2,6 @@
 
 import sys
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,11 +19,9 @@ pytest.importorskip(
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
-  """A run of random weights and its data; its program is compiled once."""
+  """A run of random weights and its data."""
   home = tmp_path_factory.mktemp('runs')
-  jax.config.update('jax_compilation_cache_dir', str(home / '.compiled'))
-  yield home / 'run', segmenters.make_run(home / 'run')
-  jax.config.update('jax_compilation_cache_dir', None)
+  return home / 'run', segmenters.make_run(home / 'run')
 
 
 def _equal(first, second, image):

@@ -247,3 +247,21 @@ def test_label_maps_of_all_processes(monkeypatch):
   found = parallel.gather_maps(maps[0], ('teacher',), (3, 7), 4)
   assert (found[3]['teacher'] == 1).all()
   assert (found[7]['teacher'] == 2).all()
+
+
+def test_programs_are_kept_beside_the_runs_or_where_the_environment_says(
+  tmp_path, monkeypatch
+):
+  set_to = {}
+  monkeypatch.setattr(jax.config, 'update', set_to.__setitem__)
+  names = (
+    'JAX_COMPILATION_CACHE_DIR', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'
+  )  # fmt: skip
+  for name in names:
+    monkeypatch.setenv(name, '/elsewhere')
+  parallel.keep_programs(tmp_path)
+  assert not set_to
+  for name in names:
+    monkeypatch.delenv(name)
+  parallel.keep_programs(tmp_path)
+  assert set_to['jax_compilation_cache_dir'] == str(tmp_path / '.compiled')

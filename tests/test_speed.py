@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import nucleus
-from distillfss_jax import parallel, speed, train_step
+from configs import bam, dcama, nucleus, pspnet
+from distillfss_jax import parallel, speed, tasks, train_step
 from distillfss_jax.types import Support
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -210,6 +210,59 @@ def test_training(tmp_path):
   )
   assert distill['parameters'] == transfer['parameters'] + students
   assert out.read_text().startswith('| what | shots |')
+
+
+def shapes(tree):
+  return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+@pytest.mark.parametrize('config', [bam, dcama, nucleus, pspnet], ids=str)
+def test_an_example_is_what_the_task_gives(tmp_path, config):
+  """So that what is timed, and lowered, is what a run does."""
+  config = config.get_config('data=synthetic,smoke')
+  data, task = tasks.load(config)
+  program = train_step.build(config, data.ways, parallel.mesh())
+  place = tasks.base.Place(program, parallel.mesh(), tmp_path, None)
+  task = task(config, data, place, 2)
+  theirs = task.as_batch(next(iter(task.batches())))
+  random = np.random.default_rng(0)
+  arrays, *ours = speed.example(config, data.ways, program.takes, random)
+  assert shapes(tuple(ours)) == shapes(theirs)
+  if config.task == 'adaptation':
+    support = data.support
+    assert shapes(arrays) == shapes(
+      (support.images, support.labels.astype(np.int32))
+    )
+  elif config.task == 'source':
+    assert arrays[0].shape == np.shape(data.train.values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('config', 'rows'),
+  [
+    (
+      pspnet.get_config('data=synthetic,smoke'),
+      [('predict', None), ('train pspnet', None)],
+    ),
+    (
+      nucleus.get_config('recipe=ours,smoke'),
+      [('predict', None), ('train finetune', 5)],
+    ),
+    (
+      bam.get_config('data=synthetic,smoke'),
+      [('memorize', 1), ('predict', 1), ('train bam', 1)],
+    ),
+  ],
+  ids=['pspnet', 'finetune', 'bam'],
+)
+def test_other_systems(config, rows):
+  results = speed.run(config, repeats=1)
+  assert [(x['what'], x['shots']) for x in results['rows']] == rows
+  for row in results['rows']:
+    check(row)
+  with pytest.raises(ValueError, match=r"no 'teacher'; there are: predict"):
+    speed.run(config, what=('teacher',))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,16 @@
 """Functions as StableHLO files, and what lowers for which platform."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from distillfss_jax import config, parallel, speed, train_step
 from distillfss_jax.exporting import stablehlo
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 
 _WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 
@@ -49,3 +54,36 @@ def test_what_does_not_lower():
   stablehlo.lowers_for(jnp.linalg.eigvals, (x,), ['cpu'])
   with pytest.raises(ValueError, match=r'does not lower for tpu: .*eig'):
     stablehlo.lowers_for(jnp.linalg.eigvals, (x,), ['cpu', 'tpu'])
+
+
+def _steps():
+  """The training steps of all configs, those alike once: (name, config)."""
+  found = {}
+  for path in sorted(CONFIGS.glob('[!_]*.py')):
+    if path.stem != 'common':
+      made = config.load(f'{path}:smoke')
+      alike = made.system, made.model.name, made.model.backbone.name
+      found.setdefault(alike, pytest.param(made, id=path.stem))
+  for name in ('recipe=unet', 'method=transfer', 'method=bam', 'method=hdmnet'):
+    made = config.load(f'{CONFIGS}/nucleus.py:{name},smoke')
+    alike = made.system, made.model.name, made.model.backbone.name
+    found.setdefault(alike, pytest.param(made, id=name))
+  return list(found.values())
+
+
+@pytest.mark.parametrize('made', _steps())
+def test_the_step_of_every_config_lowers_for_gpu_and_tpu(made):
+  """Nothing is compiled: it is what can be said without the devices."""
+  mesh, random = parallel.mesh(), np.random.default_rng(0)
+  program = train_step.build(made, 1, mesh)
+  variables = jax.eval_shape(program.draw)
+  arrays, batch, valid = speed.example(made, 1, program.takes, random)
+  shared = jax.eval_shape(program.shared, variables, *arrays)
+  places = np.arange(program.rows(len(valid)), dtype=np.int32)[None]
+  rows = places.shape[1]
+  batches = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((1, rows, *x.shape[1:]), x.dtype), batch
+  )
+  state = jax.eval_shape(program.start, variables)
+  step = state, shared, batches, places, np.int32(1)
+  stablehlo.lowers_for(program.dispatch, step, ['cuda', 'tpu'])

@@ -6,6 +6,8 @@ import sys
 import jax
 from absl import flags
 
+from distillfss_jax import parallel
+
 
 def place(device: str | None, source: str) -> None:
   """Chooses where JAX computes, and where it keeps compiled programs.
@@ -26,8 +28,7 @@ def place(device: str | None, source: str) -> None:
     raise ValueError(f'--device {device}: {reason}') from error
   path = pathlib.Path(source).expanduser()
   if path.is_dir():
-    cache = path.resolve().parent / '.compiled'
-    jax.config.update('jax_compilation_cache_dir', str(cache))
+    parallel.keep_programs(path.resolve().parent)
 
 
 def parse(argv: list[str]) -> list[str]:
