@@ -175,7 +175,7 @@ def benchmark(
   """A dataset of the paper's benchmark, with what its experiments share.
 
   Args:
-    arg: what follows the colon: see `ARGUMENTS`.
+    arg: what follows the colon: see `ARGUMENTS`; and data=synthetic.
     name: of the experiment and of the dataset's file.
     steps: of DistillFSS. transfer_steps: of TransferFSS; None for the same.
     shots: where `arg` says nothing.
@@ -190,6 +190,7 @@ def benchmark(
   arg = parse(
     arg,
     defaults={'shots': shots, 'seed': 0},
+    data=(name, 'synthetic'),
     **ARGUMENTS,
     recipe=recipes,
     **(known or {}),
@@ -312,7 +313,7 @@ def embedded(config: ConfigDict, *, epochs: float, lr: float) -> None:
   config.data.args = ConfigDict()
   config.data.args.update(fold=fold, image_size=97, num_train=800, num_test=200)
   config.data.image_size = 97
-  config.model.backbone.name = {'vgg16': 'vgg_tiny'}.get(
+  config.model.backbone.name = SMALL.get(
     config.model.backbone.name, 'resnet_tiny_deep'
   )
   config.epochs, config.optim.lr = epochs, lr
@@ -335,8 +336,29 @@ def folds_done(config: ConfigDict, arg: types.SimpleNamespace) -> ConfigDict:
 
 
 def done(config: ConfigDict, arg: types.SimpleNamespace) -> ConfigDict:
-  """The config, made small if the arguments ask for it."""
+  """The config, on drawn images and made small if the arguments ask for it."""
+  if arg.data == 'synthetic':
+    drawn(config)
   return smoke(config) if arg.smoke else config
+
+
+def drawn(config: ConfigDict) -> None:
+  """The same on nuclei drawn from a seed, which needs no files."""
+  config.data.name, config.data.image_size = 'synthetic', 96
+  with config.unlocked():
+    config.data.args = ConfigDict()
+    train = max(64, config.support.shots)
+    config.data.args.update(num_train=train, num_test=32, image_size=96)
+    config.data.args.update(classes=1, seed=0, zoom=2.0, light='transmission')
+  if 'views' not in config:
+    # A small backbone without weights has to learn, too.
+    config.model.backbone.name = SMALL.get(
+      config.model.backbone.name, 'resnet_tiny'
+    )
+    config.optim.trainable = (*config.optim.trainable, 'backbone')
+
+
+SMALL = {'resnet50_deep': 'resnet_tiny_deep', 'vgg16': 'vgg_tiny'}
 
 
 def grid(shots: tuple[int, ...], **more: tuple):
@@ -350,10 +372,9 @@ def grid(shots: tuple[int, ...], **more: tuple):
 def smoke(config: ConfigDict) -> ConfigDict:
   """The same experiment in a minute: tiny images, backbone and step count."""
   config.data.image_size = 64
-  small = {'resnet50_deep': 'resnet_tiny_deep', 'vgg16': 'vgg_tiny'}
   name = config.model.backbone.name
-  if name not in small.values():
-    config.model.backbone.name = small.get(name, 'resnet_tiny')
+  if name not in SMALL.values():
+    config.model.backbone.name = SMALL.get(name, 'resnet_tiny')
   if 'views' in config:
     config.model.backbone.init, config.model.backbone.fields = '', ConfigDict()
     config.views.update(look='polarity', size=32, sides=(32.0, 96.0))

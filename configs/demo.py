@@ -12,24 +12,12 @@ def get_config(arg=None):
   """A small DistillFSS run; see the module's docstring for `arg`."""
   arg = common.parse(arg, smoke=False)
   config = common.get_config()
-  with config.unlocked():
-    config.data.args.update(
-      num_train=64,
-      num_test=32,
-      image_size=96,
-      classes=1,
-      seed=0,
-      zoom=2.0,
-      light='transmission',
-    )
+  common.drawn(config)
   config.name = 'demo'
   config.student = 'light'
-  config.data.image_size = 96
   config.support.shots = 40
-  # A small backbone without weights has to learn too. What counts for it is
-  # the number of steps, so a step is one random episode instead of all 40.
-  config.model.backbone.name = 'resnet_tiny'
-  config.optim.trainable = ('D', 'student', 'backbone')
+  # What counts for a backbone without weights is the number of steps, so a
+  # step is one random episode instead of all 40.
   config.episodes.kind = 'random'
   config.episodes.draws = 1
   config.loss.scale = 'mean'

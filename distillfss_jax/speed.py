@@ -141,7 +141,7 @@ def is_pair(config) -> bool:
   return config.model.name == 'dcama' and config.system in systems_of_it
 
 
-def example(config, ways: int, takes: type, random):
+def random_step(config, ways: int, takes: type, random):
   """Random input of a training step, as the config's task would give it.
 
   Args:
@@ -154,7 +154,7 @@ def example(config, ways: int, takes: type, random):
     What `Program.shared` takes besides the variables, a batch [b, ...], and
     [b] bool, which of its items count.
   """
-  side, shots = config.data.image_size, config.support.shots
+  side = config.data.image_size
 
   def images(*lead):
     return random.integers(0, 256, (*lead, side, side, 3), np.uint8)
@@ -162,14 +162,15 @@ def example(config, ways: int, takes: type, random):
   def labels(*lead, most=ways):
     return random.integers(0, 1 + most, (*lead, side, side), np.uint8)
 
+  if takes is Dense:
+    b = config.dense.batch_size
+    return (), Dense(images(b), labels(b)), np.ones(b, bool)
+  shots = config.support.shots
   if takes is Table:
     support = images(shots), labels(shots).astype(np.int32)
     tables = adaptation.episode_tables(config, np.ones((shots, ways), bool))
     step = next(iter(pipeline.step_tables(tables, steps=1)))
     return support, Table(step['table']), step['valid']
-  if takes is Dense:
-    b = config.dense.batch_size
-    return (), Dense(images(b), labels(b)), np.ones(b, bool)
   b, known = config.source.batch_size, config.model.fields.get('classes', 2) - 1
   batch = Episode(
     images(b),
@@ -309,7 +310,7 @@ class _Bench:
     """A step: all of a batch forward and backward, and the optimiser."""
     mesh = parallel.mesh()
     program, variables, _ = self._build(config)
-    found = example(config, self.ways, program.takes, self.random)
+    found = random_step(config, self.ways, program.takes, self.random)
     arrays, *batch = found
     bank = program.shared(variables, *arrays)
     state = program.start(variables)

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from configs import common
-from distillfss_jax import backbones, datasets, systems, train
+from distillfss_jax import backbones, datasets, systems, tasks, train
 from distillfss_jax import config as configs
 from distillfss_jax.pretrained import weights
 
@@ -205,6 +205,17 @@ def test_smoke_builds(name):
   system, _ = systems.build(config, 1)
   assert system.trains
   assert system.roles
+
+
+@pytest.mark.parametrize('name', sorted(set(NAMES) - {'demo'}))
+def test_every_config_can_do_without_files(name):
+  """`data=synthetic` takes data that are drawn; their loading is its test."""
+  config = load(name, 'data=synthetic,smoke')
+  assert config.data.name in ('synthetic', 'scenes')
+  assert 'data_dir' not in config.data.args
+  data, task = tasks.load(config)
+  system, _ = systems.build(config, data.ways)
+  assert system.takes is task.gives
 
 
 def test_unknown_names_list_what_exists():

@@ -77,7 +77,7 @@ def test_the_step_of_every_config_lowers_for_gpu_and_tpu(made):
   mesh, random = parallel.mesh(), np.random.default_rng(0)
   program = train_step.build(made, 1, mesh)
   variables = jax.eval_shape(program.draw)
-  arrays, batch, valid = speed.example(made, 1, program.takes, random)
+  arrays, batch, valid = speed.random_step(made, 1, program.takes, random)
   shared = jax.eval_shape(program.shared, variables, *arrays)
   places = np.arange(program.rows(len(valid)), dtype=np.int32)[None]
   rows = places.shape[1]

@@ -75,13 +75,17 @@ class FewShotSegmenter(nnx.Module):
     backbone: images [b, H, W, 3] to a pyramid.
     voting: shots of a vote, or None.
     dtype: of the arithmetic; parameters, softmax and logits stay float32.
-    masks_support: whether `encode_support` depends on the masks.
   """
 
   backbone: nnx.Module
   voting: int | None
   dtype: str
-  masks_support: bool = False
+
+  @property
+  def masks_support(self) -> bool:
+    """Whether `encode_support` depends on the masks: it is its own then."""
+    common = FewShotSegmenter.encode_support
+    return type(self).encode_support is not common
 
   @classmethod
   def sets(cls) -> Mapping[str, tuple[str, ...]]:
@@ -128,7 +132,7 @@ class FewShotSegmenter(nnx.Module):
 
     Here what `encode` gives, so that an image is encoded once for all its
     uses. Methods that mask the support, its images or between two stages, do it
-    here, and say so by `masks_support`.
+    here.
 
     Args:
       images: [..., H, W, 3], uint8 or normalised.
