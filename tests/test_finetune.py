@@ -150,7 +150,7 @@ def test_a_choice_is_kept(tmp_path, monkeypatch):
     asked.append(config.views.look)
     tell(held_out.STEPS)
     value = {'colour': 0.2, 'recolour': 0.9, 'polarity': 0.5}[asked[-1]]
-    return {'as they are': value, 'recoloured': value, 'mean': value}
+    return {'as they are': value, 'mean': value, 'error': 0.1}
 
   monkeypatch.setattr(held_out, 'score', score)
   made = _small(look=config.OPEN)
@@ -166,6 +166,27 @@ def test_a_choice_is_kept(tmp_path, monkeypatch):
   again = held_out.decide(made, _data(), tmp_path)
   assert again.views.look == 'recolour'
   assert not config.differences(config.saved(tmp_path / 'config.json'), made)
+
+
+@pytest.mark.parametrize(
+  ('means', 'choice'),
+  [
+    ((0.5, 0.7, 0.6), 'polarity'),  # within an error of the best
+    ((0.5, 0.7, 0.59), 'recolour'),
+    ((0.7, 0.65, 0.5), 'recolour'),
+    ((0.7, 0.5, 0.5), 'colour'),
+    ((0.5, 0.6, 0.8), 'polarity'),
+  ],
+)
+def test_the_blindest_look_that_is_no_worse(
+  tmp_path, monkeypatch, means, choice
+):
+  left = iter(means)
+  monkeypatch.setattr(
+    held_out, 'score', lambda *_: {'mean': next(left), 'error': 0.1001}
+  )
+  chosen = held_out.decide(_small(look=config.OPEN), _data(), tmp_path)
+  assert chosen.views.look == choice
 
 
 def test_one_image_cannot_be_held_out(tmp_path, caplog):
@@ -191,7 +212,8 @@ def test_held_out_images_are_scored(monkeypatch):
   told = []
   found = held_out.score(made, _data().support, 1, told.append)
   assert told == [10, 20, 30, 40]
-  assert set(found) == {'as they are', 'recoloured', 'mean'}
+  assert set(found) == {'as they are', 'recoloured', 'mean', 'error'}
+  assert 0 < found['error'] < 0.3
   assert found['as they are'] > 0.5  # a square of 12 x 12 is 0.14 of the image
   wanted = (found['as they are'] + found['recoloured']) / 2
   assert found['mean'] == pytest.approx(wanted)
