@@ -150,10 +150,11 @@ BASELINES = ('bam', 'hdmnet')
 
 ARGUMENTS = {
   'method': ('distill', 'transfer', *BASELINES),
+  'teacher': ('dcama', *BASELINES),  # of distill and transfer
   'shots': int,
   'backbone': ('swin_b', 'resnet50'),
   'student': ('full', 'light', 'attention'),
-  'model_shots': ('1', '5'),  # that a baseline's model takes at once
+  'model_shots': ('1', '5'),  # that the model of bam or hdmnet takes at once
   'seed': int,
   'smoke': False,
 }
@@ -204,9 +205,10 @@ def benchmark(
   config.model.backbone.name = arg.backbone
   config.student, config.seed = arg.student, arg.seed
   config.steps = steps
+  given = {item.partition('=')[0] for item in text.split(',')}
   if arg.recipe != 'paper':
-    given = {item.partition('=')[0] for item in text.split(',')}
-    if left := sorted(given & {'backbone', 'method', 'model_shots', 'student'}):
+    of_paper = {'backbone', 'method', 'model_shots', 'student', 'teacher'}
+    if left := sorted(given & of_paper):
       raise ValueError(
         f'{", ".join(left)} belong to recipe=paper; recipe={arg.recipe} has a '
         'model of its own'
@@ -222,7 +224,16 @@ def benchmark(
     config.model.fields.voting = 10
     config.optim.trainable = ('D',)
   elif arg.method in BASELINES:
+    if arg.teacher != 'dcama':
+      raise ValueError(
+        f'method={arg.method} tests a published model as it is; teacher='
+        f'{arg.teacher} belongs to method=distill and method=transfer'
+      )
     baseline(config, arg.method, int(arg.model_shots))
+  if arg.teacher != 'dcama':
+    taught(config, arg.teacher, int(arg.model_shots))
+    if 'student' not in given:
+      config.student = 'light'  # the full one has 38 M parameters per class
   return config, arg
 
 
@@ -275,6 +286,22 @@ def baseline(config: ConfigDict, name: str, shots: int) -> None:
   config.model.backbone.name = 'resnet50_deep'
   config.optim.trainable = ('meta',)
   config.data.image_size = 641
+
+
+def taught(config: ConfigDict, name: str, shots: int) -> None:
+  """Sets another teacher for TransferFSS or DistillFSS, and what it trains.
+
+  Args:
+    config: of `benchmark`, to be changed.
+    name: of `BASELINES`.
+    shots: of the model, and of an episode at most.
+  """
+  system, steps = config.system, config.steps
+  baseline(config, name, shots)
+  config.system, config.steps = system, steps
+  config.episodes.subsample = min(config.episodes.subsample or shots, shots)
+  if system == 'distillfss':
+    config.optim.trainable = ('meta', 'student')
 
 
 FOLDS = {

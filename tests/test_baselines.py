@@ -2,10 +2,12 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from configs import bam, nucleus
-from distillfss_jax import systems, train
+from distillfss_jax import parallel, speed, systems, train, train_step
 from distillfss_jax.pretrained import weights
 
 
@@ -31,6 +33,39 @@ def test_a_baseline_is_scored_without_a_step(tmp_path, method):
   # Nothing moves, and a finished run is not run again.
   again = train.run(config, tmp_path / 'run')
   assert again['test'] == results['test']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('teacher', ['bam', 'hdmnet'])
+@pytest.mark.parametrize('method', ['distill', 'transfer'])
+def test_it_is_a_teacher(tmp_path, teacher, method):
+  config = nucleus.get_config(
+    f'teacher={teacher},method={method},data=synthetic,smoke'
+  )
+  results = train.run(config, tmp_path / 'run')
+  roles = {'teacher'} if method == 'transfer' else {'teacher', 'student'}
+  assert set(results['test']) == roles
+  assert results['steps'] == 4
+
+
+def test_several_rounds_cannot_be_taught():
+  config = nucleus.get_config('teacher=bam,shots=4,smoke')
+  config.episodes.subsample = 0  # all others: three
+  program = train_step.build(config, 1, parallel.mesh())
+  variables = jax.eval_shape(program.draw)
+  random = np.random.default_rng(0)
+  arrays, batch, _ = speed.random_step(config, 1, program.takes, random)
+  shared = jax.eval_shape(program.shared, variables, *arrays)
+  state = jax.eval_shape(program.start, variables)
+  steps = jax.tree.map(lambda x: x[None], batch)
+  places = np.arange(len(batch.rows), dtype=np.int32)[None]
+  with pytest.raises(ValueError, match=r'episodes\.subsample to 1 or less'):
+    program.dispatch.trace(state, shared, steps, places, np.int32(1))
+
+
+def test_a_published_method_has_no_teacher():
+  with pytest.raises(ValueError, match='teacher=bam belongs to method=distill'):
+    nucleus.get_config('method=hdmnet,teacher=bam')
 
 
 def test_a_run_on_a_source_is_its_model(tmp_path, monkeypatch):

@@ -201,6 +201,39 @@ def test_a_system_predicts(name):
     assert answer.logits.dtype == jnp.float32
 
 
+@pytest.mark.parametrize('teacher', ['dcama', 'bam', 'hdmnet'])
+def test_a_student_gives_what_its_teacher_declares(teacher):
+  made = config.load(f'{ROOT}/configs/nucleus.py:teacher={teacher},smoke')
+  system, draw = systems.build(made, WAYS)
+  graph, abstract = nnx.split(system)
+  assert system.teacher.masks_support == (teacher != 'dcama')
+
+  def run(variables, images, support):
+    system = nnx.merge(graph, params.replace(abstract, variables), copy=True)
+    memory, pyramid = system.memorize(support), system.teacher.encode(images)
+    coarse = system.teacher.correlate(pyramid, memory)
+    lessons, learnt = system.teacher.lessons(coarse), system.student(pyramid)
+    logits = [system.teacher.decode(pyramid, x) for x in (lessons, learnt)]
+    return lessons, learnt, logits
+
+  support = Support(
+    shape(1, 1, SIZE, SIZE, 3, dtype='uint8'),
+    shape(1, 1, SIZE, SIZE, WAYS),
+    shape(1, 1, WAYS, dtype='bool'),
+  )
+  images = shape(BATCH, SIZE, SIZE, 3, dtype='uint8')
+  found = jax.eval_shape(run, jax.eval_shape(draw), images, support)
+  lessons, learnt, logits = found
+  for taught, slot, own in zip(
+    lessons, system.teacher.slots, learnt, strict=True
+  ):
+    assert own.shape[:4] == (
+      BATCH, WAYS, *((1, 1) if slot.kind == 'vector' else taught.shape[2:4])
+    )  # fmt: skip
+    assert taught.shape == own.shape
+  assert logits[0] == logits[1]
+
+
 # Tasks, models, backbones, datasets.
 
 

@@ -20,7 +20,7 @@ from flax import nnx
 
 from distillfss_jax import layers, models
 from distillfss_jax.layers import torch_rules
-from distillfss_jax.models import core
+from distillfss_jax.models import base, core
 from distillfss_jax.ops import random, resize
 from distillfss_jax.types import Array, Pyramid
 
@@ -193,13 +193,26 @@ class BAM(core.BaseAndMeta):
     low, high = (f(x, (3, 4), keepdims=True) for f in (jnp.min, jnp.max))
     return resize.bilinear((x - low) / (high - low + 1e-7), size)
 
+  @property
+  def slots(self):
+    """The prior mask; the prototype and the scene are constants of a way.
+
+    How much two scenes differ is a number for each query. A student has no
+    support to compare with, and takes its mean for the ensemble.
+    """
+    return (
+      base.Slot('maps', 1, 2, self.backbone.channels[3]),
+      base.Slot('vector', core.NECK),
+      base.Slot('vector', 1),
+    )
+
   def decode(
     self,
     pyramid: Pyramid,
     coarse: Coarse,
     memory: Memory | None = None,
   ) -> Array:
-    return self.answer(pyramid, coarse).final
+    return self.answer(pyramid, Coarse(*coarse)).final
 
   def answer(
     self,

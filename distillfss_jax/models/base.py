@@ -56,6 +56,7 @@ class Slot:
   inputs: channels of that stage.
   per_block: whether every block of the stage gives a map of its own, by the
     same function (`channels` is then 1); else the last block gives all.
+  every: of so many of the stage's rows and columns a map has one.
   """
 
   kind: str
@@ -63,6 +64,7 @@ class Slot:
   stage: int = 0
   inputs: int = 0
   per_block: bool = False
+  every: int = 1
 
 
 class FewShotSegmenter(nnx.Module):
@@ -96,6 +98,10 @@ class FewShotSegmenter(nnx.Module):
   def slots(self) -> tuple[Slot, ...]:
     """What a student of it learns: one slot for each level of `correlate`."""
     raise ValueError(f'a {type(self).__name__} has nothing a student imitates')
+
+  def lessons(self, coarse: tuple[Array, ...]) -> tuple[Array, ...]:
+    """What of `correlate` a student imitates, in the order of `slots`."""
+    return tuple(coarse)
 
   def unteachable(self) -> str:
     """Why its settings leave a student nothing to learn; '' if they do not."""
@@ -186,7 +192,10 @@ class FewShotSegmenter(nnx.Module):
   def decode(
     self, pyramid: Pyramid, coarse: tuple[Array, ...], memory: Any = None
   ) -> Array:
-    """Logits [b, j, H, W, 2] at the decoder's own size."""
+    """Logits [b, j, H, W, 2] at the decoder's own size.
+
+    Of `coarse` it reads the `lessons` alone, which a student gives, too.
+    """
 
   def segment(
     self,

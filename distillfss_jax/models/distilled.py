@@ -113,7 +113,7 @@ class ClassDistiller(nnx.Module):
     """Coarse maps [b, n, h, w, m] per slot, in the slots' order."""
     coarse = []
     for slot, level in zip(self.slots, self.levels, strict=True):
-      x = pyramid[slot.stage]
+      x = pyramid[slot.stage][:, :, :: slot.every, :: slot.every]
       y = level(x if slot.per_block else x[:, -1:])  # [b, l, h, w, n, m]
       if slot.per_block:  # of each block one map
         coarse.append(y[..., 0].transpose(0, 4, 2, 3, 1))

@@ -26,7 +26,7 @@ from flax import nnx
 
 from distillfss_jax import layers, models
 from distillfss_jax.layers import torch_rules
-from distillfss_jax.models import core
+from distillfss_jax.models import base, core
 from distillfss_jax.ops import correlation, random, resize
 from distillfss_jax.types import Array, Pyramid
 
@@ -146,9 +146,9 @@ class Coarse(NamedTuple):
   deep: Array
   similarity: Array
   scene: Array
-  match_fine: Array
-  match_middle: Array
-  match_deep: Array
+  match_fine: Array | None = None
+  match_middle: Array | None = None
+  match_deep: Array | None = None
 
   @property
   def matched(self) -> tuple[Array, ...]:
@@ -490,13 +490,32 @@ class HDMNet(core.BaseAndMeta):
       found.append(x)
     return found
 
+  @property
+  def slots(self):
+    """The matched tokens of all levels, the similarity, and the scene.
+
+    The last is a constant of each way, as BAM's is.
+    """
+    fine = self.backbone.channels[2]
+    return (
+      *(
+        base.Slot('maps', WIDTH, 1, fine, every=2**i) for i in range(len(HEADS))
+      ),
+      base.Slot('maps', 2, 3, core.WIDTH),
+      base.Slot('vector', 1),
+    )
+
+  def lessons(self, coarse):
+    """All but how well places match, of which training alone makes use."""
+    return tuple(coarse)[: len(self.slots)]
+
   def decode(
     self,
     pyramid: Pyramid,
     coarse: Coarse,
     memory: Memory | None = None,
   ) -> Array:
-    return self.answer(pyramid, coarse).final
+    return self.answer(pyramid, Coarse(*coarse)).final
 
   def answer(
     self,

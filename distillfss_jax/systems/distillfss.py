@@ -65,10 +65,16 @@ class DistillFSS(adapted.AdaptedSystem):
     query, labels, support = self.episode(shared, batch.rows, keys)
     memory = self.teacher.memorize(*support, train=True, keys=keys)
     taught = self.teacher.correlate(query, memory, train=True, keys=keys)
-    learnt = self.student(query)
+    lessons, learnt = self.teacher.lessons(taught), self.student(query)
+    if lessons[0].shape[1] != learnt[0].shape[1]:
+      raise ValueError(
+        'an episode has more shots than its teacher takes at once, and a '
+        'student cannot imitate several rounds: set episodes.subsample to '
+        f'{self.teacher.voting} or less'
+      )
     # One pass decodes both: what depends on the query alone is done once.
     both = tuple(
-      jnp.concatenate(x, 1) for x in zip(taught, learnt, strict=True)
+      jnp.concatenate(x, 1) for x in zip(lessons, learnt, strict=True)
     )
     of_teacher, of_student = jnp.split(
       self.teacher.decode(query, both), 2, axis=1
@@ -77,11 +83,11 @@ class DistillFSS(adapted.AdaptedSystem):
     teacher = self.teacher.conclude(of_teacher, taught, memory.present, size)
     student = distilled.conclude(of_student, learnt, some, size)
     if self.detach:
-      taught = jax.lax.stop_gradient(taught)
+      lessons = jax.lax.stop_gradient(lessons)
     parts = {
       'teacher': losses.focal(teacher.logits, labels, self.gamma),
       'student': losses.focal(student.logits, labels, self.gamma),
-      'coarse': losses.coarse_mse(taught, learnt, some),
+      'coarse': losses.coarse_mse(lessons, learnt, some),
     }
     total = sum(
       weight * part
