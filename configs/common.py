@@ -141,6 +141,7 @@ def source(config: ConfigDict) -> ConfigDict:
   config.source.test_recipe = 'none'  # | stretch | fit: how images are resized
   config.source.test_exact = False  # undone exactly; else as the originals do
   config.source.generalised = 0  # episodes of any query, beside base classes
+  config.source.prior = False  # also score BAM's prior mask, without learning
   return config
 
 

@@ -57,4 +57,5 @@ def get_config(arg=None):
     common.embedded(config, epochs=4.0, lr=1e-3)
     config.source.recipe = config.source.support_recipe = 'none'
     config.source.tests, config.source.test_seeds = 200, ()
+    config.source.prior = True
   return common.folds_done(config, arg)

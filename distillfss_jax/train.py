@@ -490,6 +490,7 @@ def score_table(results: dict) -> str:
   for name, said in (
     ('brightness', 'brightness threshold'),
     ('otsu', "Otsu's rule"),
+    ('prior', 'prior mask, nothing learnt'),
   ):
     if name in references:
       rows.append((said, first, references[name]))

@@ -11,6 +11,8 @@ from flax import nnx
 
 from distillfss_jax import backbones, params
 from distillfss_jax.models import bam, core, hdmnet, pspnet
+from distillfss_jax.systems import meta
+from distillfss_jax.types import Support
 
 _KINDS = {'bam': bam.BAM, 'hdmnet': hdmnet.HDMNet}
 
@@ -226,6 +228,27 @@ def _answered(kind):
   model = episodes.tiny(kind)
   inputs = episodes.scene_of(1, episodes=2)
   return model, inputs, jax.jit(episodes.answer)(model, *inputs)[0]
+
+
+def test_the_prior_mask_answers_alone(kind):
+  """It goes from 0 to 1, and what is above a half is foreground."""
+  system = meta.MetaSystem(episodes.tiny(kind), 1)
+  query, support, masks = episodes.scene_of(1)
+
+  @jax.jit
+  def run(system, query, support):
+    memory = system.memorize(support)
+    pyramid = system.model.encode(query)
+    prior = system.model.prior(system.model.correlate(pyramid, memory))
+    return prior, system.predict(query, memory, ('prior',))['prior']
+
+  present = jnp.ones((1, 1, 1), bool)
+  prior, answer = run(system, query, Support(support, masks, present))
+  assert 0 <= prior.min() < 1e-3
+  assert 1 - 1e-3 < prior.max() <= 1
+  # Corners aligned: every eighth pixel is a feature's own.
+  foreground = np.asarray(answer.logits.argmax(-1))[:, ::8, ::8]
+  np.testing.assert_array_equal(foreground, prior[:, 0] > 0.5)
 
 
 @pytest.mark.slow

@@ -214,6 +214,10 @@ class BAM(core.BaseAndMeta):
   ) -> Array:
     return self.answer(pyramid, Coarse(*coarse)).final
 
+  def prior(self, coarse: Coarse) -> Array:
+    """The prior mask alone, [b, j, h, w] in [0, 1]: nothing of it is learnt."""
+    return coarse.prior[..., 0]
+
   def answer(
     self,
     pyramid: Pyramid,

@@ -517,6 +517,12 @@ class HDMNet(core.BaseAndMeta):
   ) -> Array:
     return self.answer(pyramid, Coarse(*coarse)).final
 
+  def prior(self, coarse: Coarse) -> Array:
+    """The cosines in stage 4 from 0 to 1, [b, j, h, w]: nothing is learnt."""
+    x = coarse.similarity[..., 1].astype(jnp.float32)
+    low, high = (f(x, (2, 3), keepdims=True) for f in (jnp.min, jnp.max))
+    return (x - low) / (high - low + 1e-7)
+
   def answer(
     self,
     pyramid: Pyramid,

@@ -42,7 +42,7 @@ class MetaSystem(base.System):
   # frozen; the original adds it all the same, and so its loss is the larger.
 
   takes, roles, coupled = Episode, ('final', 'meta'), True
-  beside = ('base',)
+  beside = ('base', 'prior')
 
   def __init__(self, model: core.BaseAndMeta, ways: int):
     if ways != 1:
@@ -92,13 +92,18 @@ class MetaSystem(base.System):
     pyramid = self.model.encode(images)
     coarse = self.model.correlate(pyramid, memory)
     answers, size = self.model.answer(pyramid, coarse), images.shape[1:3]
+
+    def conclude(logits):
+      return self.model.conclude(logits, coarse, memory.present, size)
+
     found = {
-      role: self.model.conclude(
-        getattr(answers, role), coarse, memory.present, size
-      )
+      role: conclude(getattr(answers, role))
       for role in roles
-      if role != 'base'
+      if role not in self.beside
     }
+    if 'prior' in roles:
+      prior = self.model.prior(coarse)
+      found['prior'] = conclude(jnp.stack([1 - prior, prior], -1))
     if 'base' in roles:
       logits = resize.bilinear(answers.base.astype(jnp.float32), size)
       found['base'] = Prediction(logits)

@@ -102,6 +102,11 @@ class Task(base.Task):
         f'{config.system!r} has no base learner to be tested beside; set it to '
         '0'
       )
+    if config.source.prior and 'prior' not in self.program.beside:
+      raise ValueError(
+        f'config.source.prior=True: system {config.system!r} has no prior '
+        'mask; set it to False'
+      )
     pool, known = data.held_out, data.train
     places = data.places if config.eval.native else None
     found = [scoring.of_class(pool, roles)]
@@ -179,9 +184,17 @@ class Task(base.Task):
     return first.run(self.variables(state), self.program.roles)
 
   def references(self, state):
-    if not self.config.eval.untrained:
-      return {}
-    return {'untrained': self.untrained(state)}
+    found, config = {}, self.config
+    if config.eval.untrained:
+      found['untrained'] = self.untrained(state)
+    if config.source.prior:
+      roles = ('prior',)
+      metric = scoring.of_class(self.data.held_out, roles)
+      tables = {config.source.test_seed: self.data.table}
+      [evaluator] = self._each(tables, [metric]).values()
+      scored = evaluator.run(self.variables(state), roles)
+      found['prior'] = scored.scores[metric.protocol.name]['prior']
+    return found
 
   def show_begin(self):
     """Some episodes as the first steps see them, the query above its shot."""
