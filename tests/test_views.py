@@ -263,3 +263,45 @@ def test_values_are_stretched_between_percentiles():
 def test_views_need_squares_of_fours(shape):
   with pytest.raises(ValueError, match='a multiple of 4: resize them'):
     views.atlas(jnp.zeros(shape, jnp.uint8))
+
+
+def test_places_are_of_each_class_as_often():
+  labels = np.zeros((3, 8, 8), np.uint8)
+  labels[0, 2:6, 2:6] = 1  # 16 pixels
+  labels[0, 7, 7] = 2  # and one
+  labels[1, 0, 3] = 2
+  labels[1, 5, 5] = VOID
+  found = jax.jit(views.places_of, static_argnums=(2, 3))(
+    jax.random.key(0), labels, 2, 400
+  )
+  assert found.shape == (3, 400, 2)
+  rows, columns = np.moveaxis(np.asarray(found - 0.5, int), -1, 0)
+  assert (labels[0][rows[0], columns[0]] > 0).all()
+  share = (labels[0][rows[0], columns[0]] == 2).mean()
+  assert share == pytest.approx(0.5, abs=0.1)
+  pixels = {*zip(rows[0].tolist(), columns[0].tolist(), strict=True)}
+  assert len(pixels) == 17
+  # One class alone; and an image without any object has places all over.
+  assert {*zip(rows[1].tolist(), columns[1].tolist(), strict=True)} == {(0, 3)}
+  assert len({*zip(rows[2].tolist(), columns[2].tolist(), strict=True)}) > 50
+
+
+@pytest.mark.parametrize('place', [(3.5, 60.5), (40.0, 31.0)])
+def test_an_aimed_view_shows_its_place(place):
+  side, size, place = 64, 16, np.array(place)
+  geometry = views.Geometry((64.0, 128.0), aimed=1.0)
+  keys = jax.random.split(jax.random.key(1), 200)
+  frames = np.asarray(
+    jax.vmap(lambda k: views.frame(k, side, size, geometry, place))(keys)
+  )
+  inverse = np.linalg.inv(frames[:, :, :2])
+  at = np.einsum('vij,vj->vi', inverse, place - frames[:, :, 2])
+  assert (np.abs(at) <= size / 2).all()
+  # Where it is not at the border, it is not always in the middle either.
+  assert at.std() > 1
+  never = views.Geometry((64.0, 128.0), aimed=0.0)
+  for key in keys[:5]:
+    np.testing.assert_array_equal(
+      views.frame(key, side, size, never, place),
+      views.frame(key, side, size, never),
+    )

@@ -37,12 +37,15 @@ class Geometry:
     180 or 270 degrees.
   mirrored: share of views that are mirrored.
   aspect: the sides are scaled by e^a and e^-a, a within +-aspect.
+  aimed: share of views that show a given place, such as an object: of small
+    ones others would hardly ever show any (nnU-Net, 1904.08128, takes a third).
   """
 
   sides: tuple[float, float] = (96.0, 384.0)
   turned: float = 0.5
   mirrored: float = 0.5
   aspect: float = 0.15
+  aimed: float = 1 / 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +111,7 @@ def draw(
   size: int,
   geometry: Geometry = Geometry(),
   appearance: Appearance | None = Appearance(),
+  targets: Array | None = None,
 ) -> tuple[Array, Array]:
   """Random views and their labels.
 
@@ -120,21 +124,70 @@ def draw(
     size: side of a view.
     geometry: where it lies.
     appearance: how its colours change; None leaves them.
+    targets: [n, k, 2], rows and columns in each image to aim at (`places_of`).
 
   Returns:
     images float32 [v, size, size, 3] in [0, 1], labels [v, size, size].
   """
   keys = jax.random.split(key, 2 * len(which)).reshape(2, -1)
-  frames = jax.vmap(lambda k: frame(k, labels.shape[1], size, geometry))(
-    keys[0]
-  )
+
+  def one(key, target):
+    return frame(key, labels.shape[1], size, geometry, target)
+
+  aims = None
+  if targets is not None:
+    chosen = jax.vmap(lambda k: jax.random.randint(k, (), 0, targets.shape[1]))(
+      jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys[0])
+    )
+    aims = targets[which, chosen]
+  frames = jax.vmap(one, (0, None if aims is None else 0))(keys[0], aims)
   seen, known = look(images, labels, which, frames, size)
   if appearance is not None:
     seen = jax.vmap(lambda k, x: recolour(k, x, appearance))(keys[1], seen)
   return seen, known
 
 
-def frame(key: Array, side: int, size: int, geometry: Geometry) -> Array:
+def places_of(key: Array, labels: Array, ways: int, count: int) -> Array:
+  """Random pixels of the objects, each class as often as the others.
+
+  Args:
+    key: of the chance.
+    labels: [n, S, S] integers, 1..ways the classes.
+    ways: how many.
+    count: of pixels.
+
+  Returns:
+    float32 [n, count, 2], rows and columns of their middles; any pixels of an
+    image without objects.
+  """
+  n, side = labels.shape[:2]
+  flat = labels.reshape(n, -1)
+
+  def of_image(key, labels):
+    masks = labels == jnp.arange(1, 1 + ways)[:, None]
+    masks = jnp.where(masks.any(), masks, True)
+    upto = jnp.cumsum(masks, 1)  # [ways, pixels]
+    keys = jax.random.split(key)
+    shown = jnp.log(masks.any(1).astype(jnp.float32))
+    way = jax.random.categorical(keys[0], shown, shape=(count,))
+    chance = jax.random.uniform(keys[1], (count,))
+    number = jnp.floor(chance * upto[way, -1]).astype(upto.dtype)
+    found = jax.vmap(lambda n: jnp.searchsorted(upto[n], number, side='right'))(
+      jnp.arange(ways)
+    )
+    return found[way, jnp.arange(count)]
+
+  index = jax.vmap(of_image)(jax.random.split(key, n), flat)
+  return jnp.stack([index // side, index % side], -1) + 0.5
+
+
+def frame(
+  key: Array,
+  side: int,
+  size: int,
+  geometry: Geometry,
+  target: Array | None = None,
+) -> Array:
   """A random affine map [2, 3] from a view's pixels to its image's.
 
   It takes (row, column, 1), counted from the middle of the view, to a row and
@@ -145,6 +198,7 @@ def frame(key: Array, side: int, size: int, geometry: Geometry) -> Array:
     side: of the image.
     size: of the view.
     geometry: what may happen.
+    target: a row and column that the view shows if it is an aimed one.
   """
   k = jax.random.split(key, 6)
   low, high = (math.log(x) for x in geometry.sides)
@@ -162,7 +216,14 @@ def frame(key: Array, side: int, size: int, geometry: Geometry) -> Array:
   pixels = side / wanted * jnp.array([[aspect], [1 / aspect]])
   # Inside the image where the view is smaller, the image inside it elsewhere.
   room = jnp.abs(side - size * pixels[:, 0]) / 2
-  middle = side / 2 + room * jax.random.uniform(k[4], (2,), minval=-1.0)
+  off = jax.random.uniform(k[4], (2,), minval=-1.0)
+  middle = side / 2 + room * off
+  if target is not None:
+    # Not in the middle: objects are met at all places of a view.
+    near = target + off * size * pixels[:, 0] / 4
+    near = jnp.clip(near, side / 2 - room, side / 2 + room)
+    aimed = jax.random.uniform(k[5]) < geometry.aimed
+    middle = jnp.where(aimed, near, middle)
   return jnp.concatenate([turn * pixels, middle[:, None]], 1)
 
 
