@@ -92,6 +92,11 @@ def test_recipes():
   assert (paper.system, ours.system) == ('distillfss', 'finetune')
   assert ours.views.look == config.OPEN
   assert tuple(ours.optim.trainable) == ('decoder',)
+  steps = [
+    config.load(f'configs/nucleus.py:recipe=ours,shots={n}').steps
+    for n in (1, 5, 10, 20, 50)
+  ]
+  assert steps == [300, 300, 600, 1200, 1200]
   other = config.load('configs/nucleus.py:recipe=unet')
   assert other.views.look == 'recolour'
   assert tuple(other.optim.trainable) == ('.*',)
