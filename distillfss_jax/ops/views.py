@@ -111,7 +111,7 @@ def draw(
   size: int,
   geometry: Geometry = Geometry(),
   appearance: Appearance | None = Appearance(),
-  targets: Array | None = None,
+  places: Array | None = None,
 ) -> tuple[Array, Array]:
   """Random views and their labels.
 
@@ -124,23 +124,23 @@ def draw(
     size: side of a view.
     geometry: where it lies.
     appearance: how its colours change; None leaves them.
-    targets: [n, k, 2], rows and columns in each image to aim at (`places_of`).
+    places: [n, k, 2], rows and columns in each image to aim at (`places_of`).
 
   Returns:
     images float32 [v, size, size, 3] in [0, 1], labels [v, size, size].
   """
-  keys = jax.random.split(key, 2 * len(which)).reshape(2, -1)
+  keys = jax.random.split(key, 3 * len(which)).reshape(3, -1)
 
-  def one(key, target):
-    return frame(key, labels.shape[1], size, geometry, target)
+  def aim(key, image):
+    return places[image, jax.random.randint(key, (), 0, places.shape[1])]
 
-  aims = None
-  if targets is not None:
-    chosen = jax.vmap(lambda k: jax.random.randint(k, (), 0, targets.shape[1]))(
-      jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys[0])
-    )
-    aims = targets[which, chosen]
-  frames = jax.vmap(one, (0, None if aims is None else 0))(keys[0], aims)
+  def one(key, place):
+    return frame(key, labels.shape[1], size, geometry, place)
+
+  if places is None:
+    frames = jax.vmap(lambda key: one(key, None))(keys[0])
+  else:
+    frames = jax.vmap(one)(keys[0], jax.vmap(aim)(keys[2], which))
   seen, known = look(images, labels, which, frames, size)
   if appearance is not None:
     seen = jax.vmap(lambda k, x: recolour(k, x, appearance))(keys[1], seen)
@@ -186,7 +186,7 @@ def frame(
   side: int,
   size: int,
   geometry: Geometry,
-  target: Array | None = None,
+  place: Array | None = None,
 ) -> Array:
   """A random affine map [2, 3] from a view's pixels to its image's.
 
@@ -198,7 +198,7 @@ def frame(
     side: of the image.
     size: of the view.
     geometry: what may happen.
-    target: a row and column that the view shows if it is an aimed one.
+    place: a row and column that the view shows if it is an aimed one.
   """
   k = jax.random.split(key, 6)
   low, high = (math.log(x) for x in geometry.sides)
@@ -218,9 +218,9 @@ def frame(
   room = jnp.abs(side - size * pixels[:, 0]) / 2
   off = jax.random.uniform(k[4], (2,), minval=-1.0)
   middle = side / 2 + room * off
-  if target is not None:
+  if place is not None:
     # Not in the middle: objects are met at all places of a view.
-    near = target + off * size * pixels[:, 0] / 4
+    near = place + off * size * pixels[:, 0] / 4
     near = jnp.clip(near, side / 2 - room, side / 2 + room)
     aimed = jax.random.uniform(k[5]) < geometry.aimed
     middle = jnp.where(aimed, near, middle)

@@ -26,7 +26,7 @@ from distillfss_jax.types import Array, Losses, Prediction, Table
 _MILD = views.Appearance(recoloured=0.0, inverted=0.0, permuted=0.0)
 
 
-_TARGETS = 1024  # places of objects to aim at, of an image
+_PLACES = 1024  # places of objects to aim at, of an image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Annotated:
   """The annotated images on the device.
 
   atlas: see `views.atlas`. labels [M, H, W] int32.
-  targets [M, k, 2]: places of objects, see `views.places_of`.
+  places [M, k, 2]: places of objects, see `views.places_of`.
   """
 
   atlas: Array
   labels: Array
-  targets: Array
+  places: Array
 
 
 class FineTune(base.System):
@@ -106,8 +106,8 @@ class FineTune(base.System):
       # Before a view is cut out: a part may have its objects as larger side.
       grey = polarity.polar(images.astype(jnp.float32) / 255)
       images = jnp.round(255 * grey).astype(jnp.uint8)
-    targets = views.places_of(jax.random.key(0), labels, self.ways, _TARGETS)
-    return Annotated(views.atlas(images), labels, targets)
+    places = views.places_of(jax.random.key(0), labels, self.ways, _PLACES)
+    return Annotated(views.atlas(images), labels, places)
 
   def losses(self, shared, batch, items):
     keys = items.keys
@@ -120,7 +120,7 @@ class FineTune(base.System):
         self.size,
         self.geometry,
         self.look.appearance,
-        shared.targets,
+        shared.places,
       )
     )(keys, batch.rows[:, 0])
     seen, labels = seen[:, 0], labels[:, 0].astype(jnp.int32)
