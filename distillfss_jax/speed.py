@@ -100,7 +100,8 @@ def run(
   kinds = WHAT if pair else OTHERS
   what = kinds if what is None else what
   if shots is None:
-    shots = SHOTS if pair else (config.support.shots,)
+    own = (config.support.shots,) if 'support' in config else ()
+    shots = SHOTS if pair else own
   named = (('what', what, kinds), ('students', students, distilled.variants))
   for flag, names, known in named:
     if unknown := sorted(set(names) - set(known)):
@@ -275,7 +276,7 @@ class _Bench:
   def predict(self, shots):
     """What the config's system says of images, in all its roles."""
     program, variables, counted = self._build(self.config)
-    if 'student' in program.roles or program.takes is Dense:
+    if program.takes is Dense or program.roles == ('student',):
       images = self._images(self.batch_size)
       inputs = variables, None, images, program.roles
       self._measure('predict', program.predict, inputs, counted, len(images))
@@ -310,8 +311,7 @@ class _Bench:
     """A step: all of a batch forward and backward, and the optimiser."""
     mesh = parallel.mesh()
     program, variables, _ = self._build(config)
-    found = random_step(config, self.ways, program.takes, self.random)
-    arrays, *batch = found
+    arrays, *batch = random_step(config, self.ways, program.takes, self.random)
     bank = program.shared(variables, *arrays)
     state = program.start(variables)
     moved = {f'params/{path}' for path in state.params}
@@ -361,10 +361,10 @@ class _Bench:
   def write(self):
     """Writes everything so far, if a place was given."""
     if self.out:
-      results = self.results()
-      text = json.dumps(results, indent=2)
+      found = self.results()
+      text = json.dumps(found, indent=2)
       if self.out.suffix == '.md':
-        text = table(results, results.markdown)
+        text = table(found, results.markdown)
       files.write_atomically(self.out, text + '\n')
 
   def _measure(self, case, call, inputs, counted, items, kept=None, before=()):
@@ -394,7 +394,7 @@ class _Bench:
     size = compiled.memory_analysis()
     working = size.temp_size_in_bytes
     around = size.argument_size_in_bytes + size.output_size_in_bytes
-    support = sum(x.nbytes for x in jax.tree.leaves(kept))
+    held = jax.tree.leaves(kept)
     median = statistics.median(seconds[1:])
     row = {
       'what': what,
@@ -403,7 +403,7 @@ class _Bench:
       'least_ms': 1e3 * min(seconds[1:]),
       'per_second': items / median,
       'parameters': sum(read.values()),
-      'support_mb': support / 1e6 if kept else None,
+      'support_mb': sum(x.nbytes for x in held) / 1e6 if held else None,
       'working_mb': working / 1e6,
       'program_mb': (working + around - size.alias_size_in_bytes) / 1e6,
       'compile_s': compile_s,
@@ -416,7 +416,8 @@ class _Bench:
 
   def _time(self, compiled, inputs):
     """The last result, and the seconds of the first and `repeats` calls."""
-    inputs = [x for x in inputs if not isinstance(x, tuple)]
+    # A compiled program does not take what it was compiled for: the roles.
+    inputs = [x for x in inputs if not _is_roles(x)]
     seconds, out = [], None
     for _ in range(1 + self.repeats):
       del out  # before there are two
@@ -459,6 +460,10 @@ class _Bench:
   def _images(self, *lead):
     shape = (*lead, *(self.config.data.image_size,) * 2, 3)
     return jnp.asarray(self.random.integers(0, 256, shape, np.uint8))
+
+
+def _is_roles(x):
+  return isinstance(x, tuple) and bool(x) and isinstance(x[0], str)
 
 
 def _needed(jaxpr):

@@ -253,8 +253,12 @@ def test_a_random_step_is_what_the_task_gives(tmp_path, config):
       bam.get_config('data=synthetic,smoke'),
       [('memorize', 1), ('predict', 1), ('train bam', 1)],
     ),
+    (
+      nucleus.get_config('teacher=bam,smoke'),
+      [('memorize', 5), ('predict', 5), ('train distillfss', 5)],
+    ),
   ],
-  ids=['pspnet', 'finetune', 'bam'],
+  ids=['pspnet', 'finetune', 'bam', 'taught'],
 )
 def test_other_systems(config, rows):
   results = speed.run(config, repeats=1)

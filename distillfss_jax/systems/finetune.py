@@ -24,8 +24,6 @@ from distillfss_jax.systems import base
 from distillfss_jax.types import Array, Losses, Prediction, Table
 
 _MILD = views.Appearance(recoloured=0.0, inverted=0.0, permuted=0.0)
-
-
 _PLACES = 1024  # places of objects to aim at, of an image
 
 
