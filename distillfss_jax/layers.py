@@ -232,7 +232,12 @@ class BatchNorm(nnx.Module):
     return y, mean[:, 0, 0, 0], var[:, 0, 0, 0] * (n / (n - 1))
 
   def train(
-    self, x: Array, valid: Array | None = None, axis: str | None = None
+    self,
+    x: Array,
+    valid: Array | None = None,
+    axis: str | None = None,
+    *,
+    moves: bool = True,
   ) -> Array:
     """Normalises by the statistics of the whole batch, and moves the running.
 
@@ -245,6 +250,7 @@ class BatchNorm(nnx.Module):
       valid: bool [b], the images that count; all by default. The others are
         normalised too.
       axis: of the device mesh, whose devices hold parts of one batch.
+      moves: whether the running statistics move.
 
     Returns:
       x normalised by the mean and the biased variance. Should a single value
@@ -274,6 +280,8 @@ class BatchNorm(nnx.Module):
     var = over_all((jnp.square(apart) * weight).sum(places)) / n
     unbiased = var * (n / jnp.maximum(n - 1, 1))
     for running, new in ((self.mean, mean), (self.var, unbiased)):
+      if not moves:
+        break
       old = running[...]
       moved = old + self.momentum * (jax.lax.stop_gradient(new) - old)
       running[...] = jnp.where(count > 1, moved, old)

@@ -160,7 +160,8 @@ def from_torch(
 
   A rule is (regex, path template, layout). The regex must match a whole torch
   name; the template may use its groups (\1). Layouts: 'conv' OIHW to HWIO,
-  'linear' (out, in) to (in, out), 'copy', 'drop' (not wanted; no path). A
+  'linear' (out, in) to (in, out), 'conv1d' (out, in, 1) to (in, out), 'copy',
+  'drop' (not wanted; no path). A
   template that ends in '@\1' fills index \1 of a leading axis in which several
   tensors are stacked.
 
@@ -300,6 +301,8 @@ def to_torch(arrays: Mapping[str, Any], rules: Rules) -> dict[str, np.ndarray]:
         continue
       [(name, kind)] = claims
       axes = _AXES[kind]
+      if kind == 'conv1d':
+        part = part[None]
       found[name] = part.transpose(np.argsort(axes)) if axes else part
   if faults:
     raise ValueError('no torch tensors for:\n' + '\n'.join(faults))
@@ -325,7 +328,12 @@ def _backward(rule):
   return back, name.replace('\\.', '.'), kind
 
 
-_AXES = {'conv': (2, 3, 1, 0), 'linear': (1, 0), 'copy': None}
+_AXES = {
+  'conv': (2, 3, 1, 0),
+  'linear': (1, 0),
+  'conv1d': (2, 1, 0),  # of one tap, which is dropped
+  'copy': None,
+}
 
 
 def _from_layout(array: np.ndarray, kind: str) -> np.ndarray:
@@ -341,7 +349,12 @@ def _from_layout(array: np.ndarray, kind: str) -> np.ndarray:
     raise ValueError(
       f'layout {kind!r} needs {len(axes[kind])} axes, not shape {array.shape}'
     )
-  return array.transpose(axes[kind])
+  array = array.transpose(axes[kind])
+  if kind != 'conv1d':
+    return array
+  if array.shape[0] != 1:
+    raise ValueError(f'a kernel of {array.shape[0]} taps, expected one')
+  return array[0]
 
 
 def _near(text: str, names: Iterable[str]) -> list[str]:

@@ -134,6 +134,22 @@ class Prediction:
 
 
 @flax.struct.dataclass
+class Answer:
+  """What a dense segmenter says of images, and what distillers compare.
+
+  logits [b, H, W, 1+n]: channel 0 is background.
+  features: {name: [b, h, w, c]}, maps on the way, before their activation.
+  attended: {name: [b, h, w, c]}, maps weighted by attention to themselves.
+  sides: [b, H, W, m], binary logits of several heads; None if there is one.
+  """
+
+  logits: Array
+  features: dict[str, Array] = flax.struct.field(default_factory=dict)
+  attended: dict[str, Array] = flax.struct.field(default_factory=dict)
+  sides: Array | None = None
+
+
+@flax.struct.dataclass
 class TrainState:
   """Everything a killed run needs to go on; parameters by their path.
 

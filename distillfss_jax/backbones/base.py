@@ -1,7 +1,7 @@
 """What every backbone is: images to a pyramid, and its names elsewhere."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,26 @@ class Staged(Backbone):
     """A stage's last map as what follows reads it."""
     return x
 
+  def features(
+    self, images: Array, normalise: layers.Normalise = layers.by_running
+  ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """What a dense segmenter reads, and what distillers compare.
+
+    Returns:
+      The last map [b, h, w, c] of each stage as what follows reads it; and, of
+      each stage, a map before its activation, by default the same one.
+    """
+    x, read, compared = self.stem(images, normalise), [], []
+    for i in range(len(self.depths)):
+      compared.append(self.stage(i, x, normalise)[-1])
+      x = self.activate(compared[-1])
+      read.append(x)
+    return tuple(read), tuple(compared)
+
+  def compared(self) -> tuple[tuple[int, layers.BatchNorm], ...]:
+    """Of the second of `features`: channels, and the norm each comes from."""
+    raise ValueError(f'a {type(self).__name__} has no features for distillers')
+
   def __call__(
     self, images: Array, *, train: bool = False, key: Array | None = None
   ) -> Pyramid:
@@ -107,7 +127,7 @@ class Staged(Backbone):
     pyramid = []
     for i in range(len(self.depths)):
       maps = self.stage(i, x, normalise)
-      pyramid.append(jnp.stack(maps, 1))
+      pyramid.append(stack(maps))
       x = self.activate(maps[-1])
     return tuple(pyramid)
 
@@ -146,6 +166,15 @@ class Staged(Backbone):
       return y
 
     return self.encode(images, normalise), statistics
+
+
+def stack(maps: Sequence[Array]) -> Array:
+  """Maps [b, h, w, c] of one size as [b, l, h, w, c], filled up with zeros."""
+  widest = max(x.shape[-1] for x in maps)
+  fill = ((0, 0),) * 3
+  return jnp.stack(
+    [jnp.pad(x, (*fill, (0, widest - x.shape[-1]))) for x in maps], 1
+  )
 
 
 def max_pool(x: Array, size: int, stride: int, pads: tuple) -> Array:

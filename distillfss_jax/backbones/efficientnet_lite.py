@@ -14,7 +14,6 @@ import functools
 import itertools
 import math
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -251,16 +250,7 @@ class EfficientNetLite(base.Backbone):
       maps.append(x)
     maps = maps[len(maps) - sum(self.depths) :]
     ends = np.cumsum((0, *self.depths)).tolist()
-    return tuple(_stack(maps[i:j]) for i, j in itertools.pairwise(ends))
-
-
-def _stack(maps):
-  """Maps [b, h, w, c] of one size as [b, l, h, w, c], filled up with zeros."""
-  widest = max(x.shape[-1] for x in maps)
-  fill = ((0, 0),) * 3
-  return jnp.stack(
-    [jnp.pad(x, (*fill, (0, widest - x.shape[-1]))) for x in maps], 1
-  )
+    return tuple(base.stack(maps[i:j]) for i, j in itertools.pairwise(ends))
 
 
 variants = {

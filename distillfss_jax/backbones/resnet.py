@@ -293,6 +293,11 @@ class ResNet(base.Staged):
   def activate(self, x: Array) -> Array:
     return nnx.relu(x)
 
+  def compared(self):
+    last = [getattr(self, f'layer{i + 1}')[-1] for i in range(len(self.depths))]
+    norms = [x.bn3 if hasattr(x, 'bn3') else x.bn2 for x in last]
+    return tuple(zip(self.channels, norms, strict=True))
+
   def torch_tables(self):
     if not self.deep:
       return {'torchvision': TORCH_NAMES}

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distillfss_jax import params
+from distillfss_jax import layers, params
 from distillfss_jax.ops import resize, ways
-from distillfss_jax.types import Array, Prediction, Pyramid
+from distillfss_jax.types import Answer, Array, Prediction, Pyramid
 
 # ImageNet's statistics of RGB in [0, 1], which most backbones expect.
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -65,6 +65,71 @@ class Slot:
   inputs: int = 0
   per_block: bool = False
   every: int = 1
+
+
+class DenseSegmenter(nnx.Module):
+  """A segmenter of fixed classes; see `types.Answer` for what it says.
+
+  Attributes:
+    backbone: images [b, H, W, 3] to maps.
+    classes: background included.
+    multiple: what sides of images have to be multiples of.
+    heads: how many binary answers it gives beside each other, for losses and
+      distillers that look at them; 0 where there is but one.
+  """
+
+  backbone: nnx.Module
+  classes: int
+  multiple: int = 1
+  heads: int = 0
+
+  @abc.abstractmethod
+  def answer(
+    self,
+    images: Array,
+    *,
+    keys: Array | None = None,
+    normalise: layers.Normalise = layers.by_running,
+  ) -> Answer:
+    """What it says of images [b, H, W, 3], uint8 or normalised.
+
+    Args:
+      images: uint8 or normalised.
+      keys: [b], a JAX key for each image, where noise acts as in training.
+      normalise: how every BatchNorm acts; see `backbones.base.Staged`.
+    """
+
+  @property
+  def features(self) -> Mapping[str, tuple[int, layers.BatchNorm | None]]:
+    """Of each of an answer's features: channels, and the norm it comes from."""
+    return {}
+
+  @property
+  def attended(self) -> Mapping[str, int]:
+    """The channels of each of an answer's attended maps."""
+    return {}
+
+  @classmethod
+  def sets(cls) -> Mapping[str, tuple[str, ...]]:
+    """Named sets of its parameters, {name: regex of paths below itself}."""
+    return {
+      'backbone': ('backbone/.*',),
+      'decoder': ('(?!backbone/).*',),
+    }
+
+  def torch_tables(self) -> dict[str, params.Rules]:
+    """How files name its tensors, by who names them so; see `weights.py`."""
+    raise ValueError(f'no other program has a {type(self).__name__}')
+
+  def torch_buffers(self) -> dict[str, np.ndarray]:
+    """What PyTorch keeps beside the parameters, {torch name: array}."""
+    return {}
+
+  def torch_unused(
+    self, tensors: Mapping[str, np.ndarray]
+  ) -> dict[str, np.ndarray]:
+    """What else the original keeps; by default the norms' counts of batches."""
+    return layers.torch_counts(tensors)
 
 
 class FewShotSegmenter(nnx.Module):
