@@ -124,6 +124,143 @@ def dense(config: ConfigDict) -> ConfigDict:
   return config
 
 
+def segmentation(config: ConfigDict) -> ConfigDict:
+  """A dense config with what system 'segmentation' reads."""
+  dense(config).system = 'segmentation'
+  config.loss = ConfigDict()
+  config.loss.name = 'cross_entropy'  # | focal | structure, of one class
+  config.loss.labels = 1.0  # weight of the labels' loss beside a teacher's
+  config.loss.divided = False  # by the number of a batch's images, once more
+  config.loss.weighted = False  # structure: also its cross-entropy
+  config.loss.soft = False  # labels are shares, as recipe 'polyp_soft' has them
+  # Of the images' side: each batch trains once at each.
+  config.loss.sizes = ()
+  config.teacher = ConfigDict()
+  config.teacher.name = ''  # as config.model
+  config.teacher.fields = ConfigDict()
+  config.teacher.dtype = 'float32'
+  config.teacher.backbone = ConfigDict()
+  config.teacher.backbone.name = ''
+  config.teacher.backbone.fields = ConfigDict()
+  config.teacher.init = ''  # a run, a file or a name
+  config.teacher.statistics = 'running'  # | batch, of its batch norms
+  config.teacher.noise = False  # whether its dropout acts
+  config.distiller = ConfigDict()
+  config.distiller.name = 'none'  # a file of distillfss_jax/distillers
+  config.distiller.fields = ConfigDict()  # for its constructor
+  config.optim.trainable = ('student',)
+  return config
+
+
+def deeplab(model: ConfigDict, backbone: str, *, attention: str) -> None:
+  """Sets DeepLabv3+ at output stride 16, as AttnFD has it."""
+  model.name = 'deeplab'
+  model.fields = ConfigDict({'attention': attention})
+  model.backbone.name = backbone
+  model.backbone.fields = ConfigDict({'output_stride': 16})
+  if backbone == 'resnet101':
+    model.backbone.fields.multi_grid = (1, 2, 4)
+
+
+def small_deeplab(model: ConfigDict, backbone: str) -> None:
+  """The same for scenes drawn from a seed, in minutes."""
+  model.backbone.name = backbone
+  model.backbone.fields = ConfigDict({'output_stride': 16})
+  model.fields.width = 64
+
+
+DENSE = {
+  'data': ('voc', 'cityscapes', 'camvid', 'synthetic'),
+  'seed': int,
+  'smoke': False,
+}
+
+
+def of_streets(
+  config: ConfigDict, arg: types.SimpleNamespace, *, begin: str = ''
+) -> None:
+  """Data and optimiser of AttnFD: SGD, poly, all but the backbone at 10x.
+
+  Args:
+    config: of `segmentation`, to be changed.
+    arg: as `DENSE` has it.
+    begin: when the student begins to learn, a duration.
+  """
+  config.seed, config.data.name = arg.seed, arg.data
+  config.data.args.data_dir, config.data.workers = 'data', 4
+  config.data.image_size = 513
+  config.dense.batch_size = 6
+  # Parity: what pads a small image is background for VOC.
+  config.dense.recipe = 'attnfd' if arg.data == 'voc' else 'attnfd_cityscapes'
+  optim = config.optim
+  optim.name, optim.schedule, optim.weight_decay = 'sgd', 'poly', 5e-4
+  optim.lr = 0.01 if arg.data == 'cityscapes' else 0.007
+  config.epochs = 200.0 if arg.data == 'cityscapes' else 120.0
+  optim.groups = (
+    ('model/(backbone|attention/stage4)/.*', 1.0, None, begin, ''),
+    ('model/.*', 10.0, None, begin, ''),
+  )
+  config.loss.divided = True
+  config.eval.epochs, config.eval.keep_best = 1.0, True
+  if arg.data == 'synthetic':
+    config.data.name, config.data.workers = 'scenes', 0
+    config.data.args = ConfigDict()
+    config.data.args.update(num_train=400, num_test=100, image_size=96)
+    config.data.args.classes = SCENES
+    config.data.image_size, config.dense.batch_size = 96, 8
+    config.dense.recipe, config.eval.batch_size = 'none', 10
+
+
+# Classes of the embedded scenes that minutes are enough for.
+SCENES = ('striped disc', 'checked ring', 'dotted star', 'patched cross')
+
+
+POLYPS = {
+  'data': ('polyp', 'kvasir', 'synthetic'),
+  'augmented': False,
+  'seed': int,
+  'smoke': False,
+}
+
+
+def of_polyps(config: ConfigDict, arg: types.SimpleNamespace) -> None:
+  """Data and optimiser of Polyp-PVT and KDAS: AdamW at a constant rate."""
+  config.seed, config.data.name = arg.seed, arg.data
+  config.data.args.data_dir, config.data.workers = 'data', 4
+  config.data.image_size, config.dense.batch_size = 352, 16
+  config.dense.recipe = (
+    'polyp_soft_augmented' if arg.augmented else 'polyp_soft'
+  )
+  config.loss.name, config.loss.soft = 'structure', True
+  config.loss.sizes = (0.75, 1.0, 1.25)
+  config.optim.lr = config.optim.weight_decay = 1e-4
+  config.optim.clip_value = 0.5
+  config.epochs = 99.0  # Parity: the original's 100 begin at 1
+  config.eval.epochs, config.eval.keep_best = 1.0, True
+  if arg.data == 'synthetic':
+    config.data.name, config.data.workers = 'scenes', 0
+    config.data.args = ConfigDict({'kind': 'blobs'})
+    config.data.args.update(num_train=256, num_test=64, image_size=96)
+    config.data.image_size, config.dense.batch_size = 96, 8
+    config.eval.batch_size = 8
+
+
+def dense_done(config: ConfigDict, arg: types.SimpleNamespace) -> ConfigDict:
+  """The config, locked, and made small if the arguments ask for it."""
+  if arg.smoke:
+    smoke(config)
+    config.data.workers, config.epochs, config.eval.epochs = 0, 0.0, 0.0
+    config.eval.keep_best = False
+    config.dense.batch_size = 2
+    if config.teacher.name:
+      config.teacher.backbone.name = config.model.backbone.name
+      config.teacher.backbone.fields = config.model.backbone.fields
+    for group in (config.model, config.teacher):
+      if 'multi_grid' in group.backbone.fields:
+        del group.backbone.fields['multi_grid']
+  return config.lock()
+
+
 def source(config: ConfigDict) -> ConfigDict:
   """The same config with what task 'source' reads."""
   config.task = 'source'
@@ -388,7 +525,11 @@ def drawn(config: ConfigDict) -> None:
     config.optim.trainable = (*config.optim.trainable, 'backbone')
 
 
-SMALL = {'resnet50_deep': 'resnet_tiny_deep', 'vgg16': 'vgg_tiny'}
+SMALL = {
+  'resnet50_deep': 'resnet_tiny_deep',
+  'vgg16': 'vgg_tiny',
+  **dict.fromkeys(('pvt_v2_b0', 'pvt_v2_b2'), 'pvt_v2_tiny'),
+}
 
 
 def grid(shots: tuple[int, ...], **more: tuple):

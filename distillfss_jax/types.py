@@ -25,6 +25,7 @@ Array = jax.Array
 Pyramid = tuple[Array, Array, Array, Array]
 
 VOID = 255  # label of pixels that neither train nor score
+SOFT = 254  # of a soft label, a share of label 1: the whole
 AXIS = 'data'  # of the mesh: the devices that share a batch
 
 
@@ -82,7 +83,8 @@ class Episode:
 class Dense:
   """Images with a label for every pixel.
 
-  images [b, H, W, 3] uint8, labels [b, H, W] uint8: 0..n, or void.
+  images [b, H, W, 3] uint8, labels [b, H, W] uint8: 0..n, or void; where they
+  are soft, 0..SOFT, or void.
   """
 
   images: Array

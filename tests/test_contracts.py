@@ -57,7 +57,9 @@ def smoke_configs():
 
 def config_of(system):
   """A config that trains a system, of the embedded data's size."""
-  by_system = {x.system: x for x in smoke_configs().values()}
+  by_system = {}
+  for made in smoke_configs().values():  # the first that trains it
+    by_system.setdefault(made.system, made)
   if system == 'transferfss':  # an argument of all others
     return config.load(f'{ROOT}/configs/nucleus.py:method=transfer,smoke')
   assert system in by_system, (

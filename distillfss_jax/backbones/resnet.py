@@ -358,6 +358,7 @@ variants = {
   'resnet18': functools.partial(ResNet, depths=(2, 2, 2, 2), block='basic'),
   'resnet50': functools.partial(ResNet, depths=(3, 4, 6, 3)),
   'resnet101': functools.partial(ResNet, depths=(3, 4, 23, 3)),
+  'resnet_small': functools.partial(ResNet, depths=(2, 2, 2, 2), width=32),
   'resnet_tiny': functools.partial(ResNet, depths=(1, 1, 1, 1), width=16),
   # PSPNet's, of BAM and HDMNet.
   'resnet50_deep': functools.partial(_deep, depths=(3, 4, 6, 3)),

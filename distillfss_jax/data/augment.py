@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from distillfss_jax.data import transforms
-from distillfss_jax.types import VOID
+from distillfss_jax.types import SOFT, VOID
 
 MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean in 8 bits
 BLACK = (0, 0, 0)
@@ -283,16 +283,37 @@ def polyp(rng, image, label, size):
   )
 
 
-def polyp_augmented(rng, image, label, size):
+def polyp_soft(rng, image, label, size):
+  """The same with the originals' soft masks: shares of label 1, of `SOFT`.
+
+  Void stays void.
+  """
+  # Parity: the originals have 255 levels; the last one is void here.
+  mask = Image.fromarray((label == 1).astype(np.uint8) * SOFT)
+  share = np.asarray(mask.resize((size, size), Image.BILINEAR))
+  void = transforms.resize_label(label, size) == VOID
+  return (
+    transforms.resize_image(image, size),
+    np.where(void, np.uint8(VOID), share),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Spun:
   """Rotates by up to 90 degrees and flips, then resizes.
 
-  Parity: the originals' default is `polyp`: their flag takes effect only when
+  Parity: the originals' default is without: their flag takes effect only when
   written on the command line. What comes in from outside is background.
   """
-  image, label = rotate_nearest(rng, image, label, (-90, 90))
-  image, label = flip(rng, image, label, axis=0)
-  image, label = flip(rng, image, label, axis=1)
-  return polyp(rng, image, label, size)
+
+  last: Callable = polyp  # a recipe that brings it to its size
+
+  def __call__(self, rng, image, label, size):
+    """See the head of the file."""
+    image, label = rotate_nearest(rng, image, label, (-90, 90))
+    image, label = flip(rng, image, label, axis=0)
+    image, label = flip(rng, image, label, axis=1)
+    return self.last(rng, image, label, size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,8 +395,15 @@ RECIPES = {
   'attnfd': Cropped(),
   'attnfd_cityscapes': Cropped(fill=VOID),
   'polyp': polyp,
-  'polyp_augmented': polyp_augmented,
+  'polyp_augmented': Spun(),
+  'polyp_soft': polyp_soft,
+  'polyp_soft_augmented': Spun(polyp_soft),
 }
+
+
+def is_soft(name):
+  """Whether a recipe gives soft labels."""
+  return name.startswith('polyp_soft')
 
 
 def names():

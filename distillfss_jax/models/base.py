@@ -76,12 +76,14 @@ class DenseSegmenter(nnx.Module):
     multiple: what sides of images have to be multiples of.
     heads: how many binary answers it gives beside each other, for losses and
       distillers that look at them; 0 where there is but one.
+    optional: names of modules that a file may lack; they then stay as drawn.
   """
 
   backbone: nnx.Module
   classes: int
   multiple: int = 1
   heads: int = 0
+  optional: tuple[str, ...] = ()
 
   @abc.abstractmethod
   def answer(

@@ -5,7 +5,7 @@ As AttnFD (2403.05451) has it. A dilated backbone gives maps of stride 16 or 8.
 mean; the decoder puts what comes of it beside the backbone's maps of stride 4.
 
     encode   images       -> maps of the stages
-    pool     last map     -> [b, h, w, 256] by ASPP
+    pool     last map     -> [b, h, w, width] by ASPP
     decode   pooled, fine -> logits
 
 For AttnFD three of its maps also go through attention to channels and places
@@ -24,7 +24,7 @@ from distillfss_jax.models import base
 from distillfss_jax.ops import conv, random, resize
 from distillfss_jax.types import Answer, Array
 
-WIDTH = 256  # of the pooled and of the decoded maps
+WIDTH = 256  # of the pooled and of the decoded maps, by default
 FINE = 48  # channels of the fine map beside the pooled one
 RATES = (6, 12, 18)  # of ASPP's 3x3 convolutions, at output stride 16
 REDUCTION = 16  # of the attention to channels
@@ -47,15 +47,15 @@ class Unit(nnx.Module):
 
 
 class ASPP(nnx.Module):
-  """[b, h, w, c] to [b, h, w, WIDTH], before the last ReLU."""
+  """[b, h, w, c] to [b, h, w, width], before the last ReLU."""
 
-  def __init__(self, inputs, stride, *, rngs):
+  def __init__(self, inputs, width, stride, *, rngs):
     rates = [rate * 16 // stride for rate in RATES]
-    self.branches = nnx.List([Unit(inputs, WIDTH, rngs=rngs)])
+    self.branches = nnx.List([Unit(inputs, width, rngs=rngs)])
     for rate in rates:
-      self.branches.append(Unit(inputs, WIDTH, 3, dilation=rate, rngs=rngs))
-    self.pooled = Unit(inputs, WIDTH, rngs=rngs)
-    self.merge = Unit((2 + len(rates)) * WIDTH, WIDTH, rngs=rngs)
+      self.branches.append(Unit(inputs, width, 3, dilation=rate, rngs=rngs))
+    self.pooled = Unit(inputs, width, rngs=rngs)
+    self.merge = Unit((2 + len(rates)) * width, width, rngs=rngs)
 
   def __call__(self, x: Array, normalise: Normalise) -> Array:
     parts = [nnx.relu(branch(x, normalise)) for branch in self.branches]
@@ -63,7 +63,7 @@ class ASPP(nnx.Module):
     mean = nnx.relu(self.pooled(mean, normalise))
     # A map that is the same everywhere goes through the 1x1 convolution once.
     kernel = self.merge.conv.kernel[...].astype(x.dtype)
-    split = len(parts) * WIDTH
+    split = kernel.shape[2] - mean.shape[-1]
     y = conv.conv2d(jnp.concatenate(parts, -1), kernel[:, :, :split])
     y += conv.conv2d(mean, kernel[:, :, split:])
     return normalise(self.merge.norm, y)
@@ -72,24 +72,25 @@ class ASPP(nnx.Module):
 class Decoder(nnx.Module):
   """The pooled map and a fine one to logits at the fine one's size."""
 
-  def __init__(self, inputs, classes, dropout, *, rngs):
+  def __init__(self, inputs, width, classes, dropout, *, rngs):
     self.fine = Unit(inputs, FINE, rngs=rngs)
-    self.unit1 = Unit(WIDTH + FINE, WIDTH, 3, rngs=rngs)
-    self.unit2 = Unit(WIDTH, WIDTH, 3, rngs=rngs)
+    self.unit1 = Unit(width + FINE, width, 3, rngs=rngs)
+    self.unit2 = Unit(width, width, 3, rngs=rngs)
     self.score = layers.Conv(
-      WIDTH, classes, 1, kernel=layers.he_fan_in, rngs=rngs
+      width, classes, 1, kernel=layers.he_fan_in, rngs=rngs
     )
     self.dropout = tuple(dropout)
 
   def decode(
     self, pooled: Array, fine: Array, seeds: Sequence, normalise: Normalise
   ) -> Array:
-    """The last features [b, h, w, WIDTH], before their ReLU."""
+    """The last features [b, h, w, width], before their ReLU."""
     fine = nnx.relu(self.fine(fine, normalise))
     # The 3x3 convolution of the upsampled map, made where it is small.
     kernel = self.unit1.conv.kernel[...].astype(pooled.dtype)
-    y = conv.conv_of_upsampled(pooled, kernel[:, :, :WIDTH], [fine.shape[1:3]])
-    y += conv.conv2d(fine, kernel[:, :, WIDTH:])
+    split = pooled.shape[-1]
+    y = conv.conv_of_upsampled(pooled, kernel[:, :, :split], [fine.shape[1:3]])
+    y += conv.conv2d(fine, kernel[:, :, split:])
     y = nnx.relu(normalise(self.unit1.norm, y))
     return self.unit2(_drop(y, seeds[0], self.dropout[0]), normalise)
 
@@ -122,6 +123,22 @@ class Attention(nnx.Module):
     return nnx.sigmoid(sum(each))
 
 
+class Attentions(nnx.Module):
+  """An attention for each of some maps; files may be without them."""
+
+  def __init__(self, **of_maps):
+    for name, attention in of_maps.items():
+      setattr(self, name, attention)
+
+  def torch_tables(self):
+    """None of its own: the whole network's has its names."""
+    raise ValueError('attention is named as a part of its network')
+
+  def torch_buffers(self):
+    """See `backbones.base.Backbone`."""
+    return {}
+
+
 def attend_freely(x: Array) -> Array:
   """The same without parameters, for a teacher that has none to give."""
   x = x * nnx.sigmoid(x.mean((1, 2)) + x.max((1, 2)))[:, None, None]
@@ -137,6 +154,7 @@ class DeepLab(base.DenseSegmenter):
   Args:
     backbone: of four stages, the last dilated; see `backbones/`.
     classes: background included.
+    width: of the pooled and of the decoded maps.
     dropout: rates after ASPP, and after the decoder's two 3x3 convolutions.
     attention: 'none', 'learned' or 'free', which has no parameters.
     dtype: of the arithmetic; parameters and logits stay float32.
@@ -152,6 +170,7 @@ class DeepLab(base.DenseSegmenter):
     backbone: Staged,
     classes: int,
     *,
+    width: int = WIDTH,
     dropout: Sequence[float] = _DROPOUT,
     attention: str = 'none',
     dtype: str = 'float32',
@@ -174,21 +193,23 @@ class DeepLab(base.DenseSegmenter):
         f'{len(_DROPOUT)}, such as {_DROPOUT}'
       )
     self.backbone, self.classes, self.dtype = backbone, classes, dtype
-    self.aspp = ASPP(backbone.channels[-1], stride, rngs=rngs)
+    self.width = width
+    self.aspp = ASPP(backbone.channels[-1], width, stride, rngs=rngs)
     self.decoder = Decoder(
-      backbone.channels[0], classes, dropout[1:], rngs=rngs
+      backbone.channels[0], width, classes, dropout[1:], rngs=rngs
     )
     self.dropout, self.attention_kind = dropout[0], attention
-    learned = nnx.Dict()
+    learned = {}
     if attention == 'learned':
       # As the originals' loops over their layers start it: a ResNet's by its
       # outputs, all else by its inputs.
-      by_outputs = 'conv1' in dir(backbone)
+      by_outputs = hasattr(backbone, 'conv1')
       for name, channels in self.attended.items():
         of_backbone = name == 'stage4' and by_outputs
         kernel = layers.he_fan_out if of_backbone else layers.he_fan_in
         learned[name] = Attention(channels, kernel=kernel, rngs=rngs)
-    self.attention = learned
+      self.optional = ('attention',)
+    self.attention = Attentions(**learned)
 
   @property
   def features(self):
@@ -197,8 +218,8 @@ class DeepLab(base.DenseSegmenter):
     }
     return {
       **of_stages,
-      'aspp': (WIDTH, self.aspp.merge.norm),
-      'decoder': (WIDTH, self.decoder.unit2.norm),
+      'aspp': (self.width, self.aspp.merge.norm),
+      'decoder': (self.width, self.decoder.unit2.norm),
     }
 
   @property
@@ -206,7 +227,7 @@ class DeepLab(base.DenseSegmenter):
     if self.attention_kind == 'none':
       return {}
     stage4 = self.backbone.compared()[-1][0]
-    return {'stage4': stage4, 'aspp': WIDTH, 'decoder': WIDTH}
+    return {'stage4': stage4, 'aspp': self.width, 'decoder': self.width}
 
   @classmethod
   def sets(cls):
@@ -253,8 +274,9 @@ class DeepLab(base.DenseSegmenter):
     if self.attention_kind == 'free':
       return {name: attend_freely(x) for name, x in seen.items()}
     return {
-      name: attend(seen[name], normalise)
-      for name, attend in self.attention.items()
+      name: getattr(self.attention, name)(x, normalise)
+      for name, x in seen.items()
+      if hasattr(self.attention, name)
     }
 
   def torch_tables(self):

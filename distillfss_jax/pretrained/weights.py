@@ -357,7 +357,7 @@ def _below(names, prefix, source):
 def _of_folder(arrays, row):
   """What of a folder's arrays belongs to a row, under the system's paths."""
   if row.theirs:
-    [part] = row.parts
+    part, *_ = row.parts
     below = _below(arrays, row.theirs, row.source)
     return {f'{part.path}{path}': x for path, x in below.items()}
   paths = tuple(part.path for part in row.parts)

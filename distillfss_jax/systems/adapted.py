@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from distillfss_jax.backbones import resnet
 from distillfss_jax.models.base import FewShotSegmenter
+from distillfss_jax.ops import together
 from distillfss_jax.pretrained import weights
 from distillfss_jax.systems import base
 from distillfss_jax.types import (
@@ -171,7 +172,7 @@ class AdaptedSystem(base.System):
     """Running statistics after every episode has passed the backbone."""
     if not shared.statistics:
       return buffers
-    rows, valid = base.everywhere((batch.rows, items.valid), items)
+    rows, valid = together.everywhere((batch.rows, items.valid), items)
     # The original encodes a query and its supports anew for every way.
     visits = jnp.repeat(rows[:, None], self.ways, axis=1)
     has_way = shared.present[rows[:, 1:]].any(1)

@@ -96,30 +96,6 @@ class System(nnx.Module):
     return {}
 
 
-def everywhere(tree: Any, items: Items) -> Any:
-  """The items of all devices, in the devices' order."""
-  if items.axis is None:
-    return tree
-  return jax.lax.all_gather(tree, items.axis, tiled=True)
-
-
-def batch_mean(sums: Array, counts: Array, items: Items) -> Array:
-  """Numbers of items whose mean over a batch is that over all its pixels.
-
-  Args:
-    sums: [b], over the pixels of each item.
-    counts: [b], how many those are.
-    items: of the batch.
-  """
-
-  def of_all(x):
-    x = jnp.where(items.valid, x, 0).sum()
-    return x if items.axis is None else jax.lax.psum(x, items.axis)
-
-  images = of_all(jnp.ones_like(counts))
-  return sums * images / jnp.maximum(of_all(counts), 1)
-
-
 def masks_of(labels: Array, ways: int) -> Array:
   """Binary masks [..., H, W, n] of label maps [..., H, W]; void is in none."""
   return (labels[..., None] == jnp.arange(1, ways + 1)).astype(jnp.float32)

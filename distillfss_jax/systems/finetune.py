@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from distillfss_jax import models
 from distillfss_jax.models import base as model_base
-from distillfss_jax.ops import losses, polarity, views
+from distillfss_jax.ops import losses, polarity, together, views
 from distillfss_jax.pretrained import weights
 from distillfss_jax.systems import base
 from distillfss_jax.types import Array, Losses, Prediction, Table
@@ -126,7 +126,7 @@ class FineTune(base.System):
       seen, lambda norm, x: norm.train(x, items.valid, items.axis)
     )
     parts = {
-      'cross_entropy': base.batch_mean(
+      'cross_entropy': together.mean_of_all(
         *losses.cross_entropy(logits, labels), items
       ),
       'dice': losses.dice(logits, labels),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from distillfss_jax.models import core, pspnet
-from distillfss_jax.ops import losses, resize
+from distillfss_jax.ops import losses, resize, together
 from distillfss_jax.pretrained import weights
 from distillfss_jax.systems import base
 from distillfss_jax.types import (
@@ -127,7 +127,7 @@ class MetaSystem(base.System):
     )
     classes = shared[batch.all_labels]
     parts = {
-      name: base.batch_mean(*losses.cross_entropy(x, y), items)
+      name: together.mean_of_all(*losses.cross_entropy(x, y), items)
       for name, x, y in (
         ('final', final, labels),
         ('meta', meta, labels),

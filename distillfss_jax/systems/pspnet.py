@@ -5,7 +5,7 @@ background, too. BatchNorm sees the whole batch, over all devices.
 """
 
 from distillfss_jax import models
-from distillfss_jax.ops import losses
+from distillfss_jax.ops import losses, together
 from distillfss_jax.pretrained import weights
 from distillfss_jax.systems import base
 from distillfss_jax.types import Dense, Losses, Prediction
@@ -46,7 +46,7 @@ class BaseLearner(base.System):
       normalise=lambda norm, x: norm.train(x, items.valid, items.axis),
     )
     labels = batch.labels.astype('int32')
-    each = base.batch_mean(*losses.cross_entropy(logits, labels), items)
+    each = together.mean_of_all(*losses.cross_entropy(logits, labels), items)
     counts = base.confusion(labels, Prediction(logits))
     return Losses(each, {}, {'train_miou/student': counts})
 
