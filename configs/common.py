@@ -120,7 +120,12 @@ def dense(config: ConfigDict) -> ConfigDict:
   config.dense.batch_size = 8  # images of a step, over all processes
   config.dense.recipe = 'none'  # augmentation, see augment.py
   config.dense.held_out = 0.0  # share of training images to choose checkpoints
+  # validation: those, or what the dataset keeps for it | test, as released
+  config.dense.select = 'validation'
   config.dense.classes = 'all'  # | base: those that a fold does not test
+  config.eval.short_side = False  # also score with the shorter side at the size
+  config.eval.saliency = False  # also score soft maps, of one class
+  config.eval.masks = False  # write those maps as masks/<set>/<id>.png
   return config
 
 

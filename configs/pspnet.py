@@ -28,6 +28,7 @@ def get_config(arg=None):
   config.optim.nesterov, config.optim.weight_decay = False, 1e-4
   config.eval.epochs, config.eval.keep_best = 1.0, True
   config.eval.patience = 75
+  config.dense.select = 'test'  # as released
   if arg.data == 'pascal':
     config.epochs, config.optim.lr = 100.0, 2.5e-4
     config.optim.groups = (('model/head/.*', 10.0, None, '', ''),)

@@ -46,6 +46,10 @@ ADDED: dict[str, Any] = {
   'eval.keep_best': False,
   'eval.patience': 0,
   'eval.epochs': 0.0,
+  'eval.short_side': False,
+  'eval.saliency': False,
+  'eval.masks': False,
+  'dense.select': 'validation',
   'source.test_seeds': [],
   'support.ids': [],
   'source.test_recipe': 'none',
@@ -189,6 +193,8 @@ def saved(path: str | os.PathLike) -> dict[str, Any]:
   found = {renamed(k): v for k, v in flat(files.read_json(path)).items()}
   groups = {key.rpartition('.')[0] for key in found}
   added = {k: v for k, v in ADDED.items() if k.rpartition('.')[0] in groups}
+  if 'dense.select' in added and not found.get('dense.held_out'):
+    added['dense.select'] = 'test'  # there was nothing else to choose by
   return {**added, **found}
 
 

@@ -212,7 +212,7 @@ class _Job:
         x.name: {'size': x.size, 'says': x.says, 'columns': dict(x.columns)}
         for x in scored.protocols
       },
-      'notes': list(scored.notes),
+      'notes': [*scored.notes, *_chosen_on_tests(extra, scored)],
       'references': extra['references'],
       'test_images': scored.images,
       'test_images_per_second': scored.images / scored.seconds,
@@ -440,6 +440,17 @@ class _Job:
     results_lib.write_results(self.workdir, results)
     logging.info(
       'scores on %d test images:\n%s', scored.images, score_table(results)
+    )
+
+
+def _chosen_on_tests(extra, scored):
+  """What a reader has to know of scores that chose their own checkpoint."""
+  best = extra.get('best')
+  if best and not best['chosen_on'].startswith('validation'):
+    yield (
+      f'the checkpoint, of step {best["step"]}, was chosen by {best["by"]} on '
+      f'the test images ({best["chosen_on"]}): these scores are better than '
+      'they would be on new ones'
     )
 
 

@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import test_data_benchmark_a as small
+import test_data_camvid
 import test_data_chestxray
 import test_data_cityscapes
 import test_data_coco
@@ -63,6 +64,7 @@ TREES = {
   'pascal': test_data_pascal.tree,
   'coco': test_data_coco.tree,
   'cityscapes': test_data_cityscapes.tree,
+  'camvid': test_data_camvid.tree,
   'evican': test_data_evican.tree,
   'polyp': test_data_polyp.tree,
   'chestxray': test_data_chestxray.tree,
@@ -76,6 +78,7 @@ SHOTS = {
   'pascal': 10,
   'coco': 20,
   'cityscapes': 19,
+  'camvid': 11,
 }
 EPISODIC = ('pascal', 'coco', 'chestxray', 'fss1000')
 

@@ -81,8 +81,12 @@ def test_prepare_and_load(tmp_path, top):
       image, label = records[record['id']]
       np.testing.assert_array_equal(record['image'], image)
       np.testing.assert_array_equal(record['label'], label)
+  assert {k: list(v) for k, v in made.sets.items()} == {
+    set_: [2 * i, 2 * i + 1] for i, set_ in enumerate(polyp.TESTS)
+  }
   for set_ in polyp.TESTS:
     one = polyp.load(tmp_path / 'd', test=set_)
+    assert one.sets == {set_: (0, 1)}
     assert one.test.ids == (f'{set_}/1', f'{set_}/2')
     assert one.train.ids == made.train.ids
 
@@ -101,6 +105,7 @@ def test_a_test_set_that_is_not_there(tmp_path, caplog):
   polyp.prepare(put(files, tmp_path / 'raw'), tmp_path / 'd')
   assert f'{gone} has 0 images, its owners publish 196: it is' in caplog.text
   assert len(polyp.load(tmp_path / 'd').test) == 8
+  assert gone not in polyp.load(tmp_path / 'd').sets
   with pytest.raises(ValueError, match=f'{gone} was not in the') as caught:
     polyp.load(tmp_path / 'd', test=gone)
   assert 'CVC-300, CVC-ClinicDB, Kvasir, CVC-ColonDB' in str(caught.value)

@@ -199,8 +199,13 @@ def short_side(image, label, size):
   No recipe: what comes out keeps the aspect. Pillow's antialiased bilinear;
   labels nearest.
   """
-  shape = tuple(size * x // min(label.shape) for x in label.shape)
+  shape = short_side_shape(label.shape, size)
   return _window(image, label, shape, (0, 0), shape)
+
+
+def short_side_shape(shape, size):
+  """Rows and columns that `short_side` makes of an image of a shape."""
+  return tuple(size * x // min(shape) for x in shape)
 
 
 def plain(rng, image, label, size):

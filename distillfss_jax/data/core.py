@@ -1,7 +1,7 @@
 """What a dataset is to a run: named classes and two sources of records."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,6 +15,10 @@ class Dataset:
   'image' uint8 [H, W, 3], 'label' uint8 [H, W] (0 background, 1..n, 255 void)
   and 'id' str. Sources can be pickled. One whose records lie on disk also has
   `digests`, of what is stored.
+
+  Where the owners keep images apart to choose by, these are `validation`. Where
+  the test part is of several sets that are reported one by one, `sets` has the
+  indices of each into it, by name.
   """
 
   name: str
@@ -22,6 +26,8 @@ class Dataset:
   palette: tuple[tuple[int, int, int], ...]  # of labels 0..n
   train: Sequence
   test: Sequence
+  validation: Sequence | None = None
+  sets: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
 
 
 class Chosen(Sequence):
@@ -72,22 +78,28 @@ def with_classes(dataset, labels):
     dataset: a Dataset.
     labels: of the classes to keep, 1..n.
   """
-  return Dataset(
-    dataset.name,
-    tuple(dataset.classes[i - 1] for i in labels),
-    (dataset.palette[0], *(dataset.palette[i] for i in labels)),
-    Chosen(dataset.train, labels),
-    Chosen(dataset.test, labels),
+  return dataclasses.replace(
+    _chosen(dataset, labels),
+    classes=tuple(dataset.classes[i - 1] for i in labels),
+    palette=(dataset.palette[0], *(dataset.palette[i] for i in labels)),
   )
 
 
 def without_void(dataset):
   """The same Dataset with background where it is void."""
   labels = range(1, len(dataset.classes) + 1)
+  return _chosen(dataset, labels, void=False)
+
+
+def _chosen(dataset, labels, **how):
+  """The same Dataset with its sources as `Chosen` has them."""
   return dataclasses.replace(
     dataset,
-    train=Chosen(dataset.train, labels, void=False),
-    test=Chosen(dataset.test, labels, void=False),
+    **{
+      name: Chosen(source, labels, **how)
+      for name in ('train', 'validation', 'test')
+      if (source := getattr(dataset, name)) is not None
+    },
   )
 
 

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from distillfss_jax.data import core, transforms
+from distillfss_jax.data import augment, core, transforms
 from distillfss_jax.types import VOID
 
 
@@ -165,6 +165,80 @@ def test_batches(
 
 
 test_batches.__test__ = False  # for pytest: not a test
+
+
+@dataclasses.dataclass(frozen=True)
+class _ShortSide:
+  """Source of whole batches of images of one shape."""
+
+  source: object
+  batches: tuple[tuple[int, ...], ...]  # of indices; -1 is a missing one
+  shapes: tuple[tuple[int, int], ...]  # of the images of each batch
+  size: int
+
+  def __len__(self):
+    return len(self.batches)
+
+  def __getitem__(self, i):
+    indices, shape = self.batches[i], self.shapes[i]
+    images = np.zeros((len(indices), *shape, 3), np.uint8)
+    labels = np.full((len(indices), *shape), VOID, np.uint8)
+    for row, index in enumerate(indices):
+      if index >= 0:
+        record = self.source[index]
+        images[row], labels[row] = augment.short_side(
+          record['image'], record['label'], self.size
+        )
+    index = np.array(indices, np.int32)
+    return {
+      'images': images,
+      'labels': labels,
+      'valid': index >= 0,
+      'index': index,
+    }
+
+
+def short_side_batches(
+  source, *, image_size, batch_size, workers=0, shard=(0, 1), devices=1
+):
+  """Batches the test images, each once, by the shape they are resized to.
+
+  Args:
+    source: of records, such as the test part of a `core.Dataset`.
+    image_size: S, the shorter side of what the model sees.
+    batch_size: B, per process. Of a shape that fewer images have, a batch is
+      smaller: the images of a shape are never of two batch sizes.
+    workers: processes that decode; 0 decodes in threads of this one.
+    shard: (index, count) of this process, which has at least one batch.
+    devices: the size of a batch is a multiple of it.
+
+  Returns:
+    grain IterDataset of dicts: images uint8 [B, h, w, 3], the shorter of h and
+    w being S; labels uint8 [B, h, w]; valid bool [B] and index int32 [B], as
+    of `test_batches`.
+  """
+  part, parts = _checked_shard(batch_size, shard)
+  if not len(source):
+    raise ValueError('there are no images to test on')
+  alike = {}
+  for i, size in enumerate(np.asarray(source.sizes).tolist()):
+    alike.setdefault(augment.short_side_shape(size, image_size), []).append(i)
+  batches, shapes = [], []
+  for shape, indices in sorted(alike.items()):
+    count = min(batch_size, -(-len(indices) // devices) * devices)
+    indices += [-1] * (-len(indices) % count)
+    for first in range(0, len(indices), count):
+      batches.append(tuple(indices[first : first + count]))
+      shapes.append(shape)
+  # So that each process has something to count, even if it is nothing.
+  while len(batches) < parts:
+    batches.append((-1,) * len(batches[0]))
+    shapes.append(shapes[0])
+  made = _ShortSide(
+    source, tuple(batches[part::parts]), tuple(shapes[part::parts]), image_size
+  )
+  batches = grain.MapDataset.source(made).to_iter_dataset(_read_options(2))
+  return _in_processes(batches, workers)
 
 
 def _checked_shard(batch_size, shard):

@@ -20,7 +20,12 @@ MANIFEST = 'manifest.json'
 
 
 def load_prepared(
-  builder, data_dir, keep=None, train=('train',), test=('test',)
+  builder,
+  data_dir,
+  keep=None,
+  train=('train',),
+  test=('test',),
+  validation=(),
 ):
   """The Dataset of a prepared folder, divided as it was prepared.
 
@@ -30,6 +35,7 @@ def load_prepared(
     keep: row of the manifest -> whether it counts; None for all.
     train: names of the splits that are the training part.
     test: of those that are the test part.
+    validation: of those that the owners keep to choose by; () for none.
 
   Raises:
     FileNotFoundError: when it was not prepared.
@@ -40,11 +46,14 @@ def load_prepared(
   classes = tuple(made.get('classes', builder.CLASSES))
   palette = tuple(map(tuple, made.get('palette', builder.PALETTE)))
   rows = [row for row in made['records'] if keep is None or keep(row)]
-  parts = (
+  parts = [
     [row for name in names for row in rows if row['split'] == name]
-    for names in (train, test)
-  )
-  sources = divided(folder(builder, data_dir), len(classes), *parts)
+    for names in (train, test, validation)
+  ]
+  place = folder(builder, data_dir)
+  sources = list(divided(place, len(classes), *parts[:2]))
+  if parts[2]:
+    sources.append(Prepared(place, parts[2], len(classes)))
   return core.Dataset(builder.name, classes, palette, *sources)
 
 

@@ -8,6 +8,7 @@ chosen when it is loaded.
 """
 
 import collections
+import dataclasses
 import logging
 import re
 
@@ -52,7 +53,7 @@ def load(data_dir='data', test='all'):
 
   Args:
     data_dir: folder of all prepared datasets.
-    test: 'all', or one of `TESTS`.
+    test: 'all', or one of `TESTS`; its `sets` are these, one by one.
 
   Raises:
     FileNotFoundError: when it was not prepared.
@@ -70,9 +71,16 @@ def load(data_dir='data', test='all'):
       'add it, remove the prepared folder and prepare again'
     )
   chosen = there if test == 'all' else [test]
-  return prepared.load_prepared(
+  made = prepared.load_prepared(
     Polyp, data_dir, test=tuple(split_of(name) for name in chosen)
   )
+  sets = {
+    name: tuple(
+      i for i, id_ in enumerate(made.test.ids) if id_.startswith(f'{name}/')
+    )
+    for name in chosen
+  }
+  return dataclasses.replace(made, sets={k: v for k, v in sets.items() if v})
 
 
 def split_of(name):

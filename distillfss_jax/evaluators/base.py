@@ -85,6 +85,36 @@ class Evaluator(abc.ABC):
     """Scores `roles` of a system, showing how far it is."""
 
 
+class Beside(abc.ABC):
+  """What is found of a test set image by image, beside counts of pixels.
+
+  It sees what an evaluator has predicted, so that nothing is predicted twice.
+  """
+
+  @abc.abstractmethod
+  def begin(self, roles: Sequence[str]) -> None:
+    """A test of these roles begins."""
+
+  @abc.abstractmethod
+  def take(
+    self,
+    logits: Mapping[str, jax.Array],
+    on_device: Mapping[str, jax.Array],
+    batch: Mapping[str, np.ndarray],
+  ) -> None:
+    """Sees a batch.
+
+    Args:
+      logits: {role: [b, S, S, classes]}, background first.
+      on_device: as `pipeline.test_batches` gives it, with native labels.
+      batch: the same on the host, with 'valid' and 'index'.
+    """
+
+  @abc.abstractmethod
+  def scored(self, seconds: float) -> Scored:
+    """What was found of all; `seconds` is how long the test took."""
+
+
 def over_seeds(found: Mapping[Any, Scored]) -> Scored:
   """Several evaluations of the same protocols as one: means, deviations.
 
@@ -134,6 +164,15 @@ def together(*found: Scored) -> Scored:
     sum(x.images for x in found),
     sum(x.seconds for x in found),
     _all_notes(found),
+  )
+
+
+def joined(first: Scored, *others: Scored) -> Scored:
+  """Evaluations of the same images as one, which are counted once."""
+  if not others:
+    return first
+  return dataclasses.replace(
+    together(first, *others), images=first.images, seconds=first.seconds
   )
 
 

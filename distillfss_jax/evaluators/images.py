@@ -23,6 +23,8 @@ class Images(base.Evaluator):
     found: the metrics.
     image_size: S.
     batch_size: images at once, over the devices of this process.
+    native: whether something beside the metrics reads labels of the images'
+      own sizes.
     workers: processes that decode images.
     noun: what is counted on the terminal.
   """
@@ -35,25 +37,31 @@ class Images(base.Evaluator):
     *,
     image_size: int,
     batch_size: int,
+    native: bool = False,
     workers: int = 0,
     noun: str = 'test image',
   ):
     self._mesh = parallel.mesh(local=True)
     devices = self._mesh.size
     self._metrics, self._noun = tuple(found), noun
-    self._batches = pipeline.test_batches(
+    native = native or any(x.protocol.size == 'native' for x in found)
+    self._batches = self._read(
       source,
       image_size=image_size,
       batch_size=-(-batch_size // devices) * devices,
-      native=any(x.protocol.size == 'native' for x in found),
       workers=workers,
       shard=(jax.process_index(), jax.process_count()),
+      native=native,
     )
     self._mine = len(
       range(jax.process_index(), len(source), jax.process_count())
     )
     self._predict, self._size, self._images = predict, image_size, len(source)
     self._count = jax.jit(self._counts)
+
+  def _read(self, source, **how):
+    """The batches, as `pipeline.test_batches` takes its arguments."""
+    return pipeline.test_batches(source, **how)
 
   def run(
     self,
@@ -62,13 +70,17 @@ class Images(base.Evaluator):
     *,
     memory: Any = None,
     show: Sequence[int] = (),
+    beside: Sequence[base.Beside] = (),
   ) -> base.Scored:
+    """See `Evaluator`; what is found `beside` comes after its own scores."""
     begin = time.monotonic()
     progress = writer.Progress(self._mine, noun=self._noun)
     mesh, roles = self._mesh, tuple(roles)
     variables = parallel.replicate(parallel.local(variables), mesh)
     memory = parallel.replicate(parallel.local(memory), mesh)
     total, shown, done = None, {}, 0
+    for one in beside:
+      one.begin(roles)
     for batch in self._batches:
       on_device = parallel.share(
         {k: v for k, v in batch.items() if k not in ('valid', 'index')}, mesh
@@ -77,6 +89,8 @@ class Images(base.Evaluator):
       logits = {role: answer.logits for role, answer in answers.items()}
       counts, maps = self._count(logits, on_device)
       total = metrics.total([counts] if total is None else [total, counts])
+      for one in beside:
+        one.take(logits, on_device, batch)
       for row, index in enumerate(batch['index']):
         if batch['valid'][row] and int(index) in show:
           shown[int(index)] = {
@@ -99,13 +113,17 @@ class Images(base.Evaluator):
       for role in roles
       for note in x.notes(role, total[role][x.protocol.name])
     ]
-    return base.Scored(
-      scores,
-      tuple(x.protocol for x in self._metrics),
-      shown,
-      self._images,
-      time.monotonic() - begin,
-      tuple(dict.fromkeys(notes)),
+    more = [one.scored(time.monotonic() - begin) for one in beside]
+    return base.joined(
+      base.Scored(
+        scores,
+        tuple(x.protocol for x in self._metrics),
+        shown,
+        self._images,
+        time.monotonic() - begin,
+        tuple(dict.fromkeys(notes)),
+      ),
+      *more,
     )
 
   def _counts(self, logits, batch):
@@ -117,3 +135,16 @@ class Images(base.Evaluator):
     return counts, {
       role: x.argmax(-1).astype('uint8') for role, x in logits.items()
     }
+
+
+class ShortSide(Images):
+  """The same of images whose shorter side is S, and whose aspect is kept.
+
+  Nothing is padded, for a network sees the border of what it is given: a batch
+  is of one shape, and each shape is a program of its own. How many those are,
+  the data say: one for Cityscapes or CamVid, hundreds for photographs.
+  """
+
+  def _read(self, source, **how):
+    del how['native']
+    return pipeline.short_side_batches(source, **how, devices=self._mesh.size)

@@ -1,7 +1,11 @@
 """Dense training: images whose every pixel has a label, in epochs.
 
-A part of the training images may be held out to choose checkpoints by.
+Checkpoints are chosen on training images that are held out, or on the images
+that the dataset keeps for it; as the originals do it, on the test images.
 """
+
+import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -9,8 +13,9 @@ import numpy as np
 from distillfss_jax import datasets
 from distillfss_jax.data import augment, core, mask_meaning, pipeline
 from distillfss_jax.evaluators import metrics
-from distillfss_jax.evaluators.base import Protocol
-from distillfss_jax.evaluators.images import Images
+from distillfss_jax.evaluators.base import Beside, Protocol, joined
+from distillfss_jax.evaluators.images import Images, ShortSide
+from distillfss_jax.evaluators.saliency import Saliency
 from distillfss_jax.tasks import base
 from distillfss_jax.types import Dense
 
@@ -19,18 +24,16 @@ COLUMNS = {
   'miou_with_background': 'with background',
   'pixel_accuracy': 'pixel accuracy',
   'class_accuracy': 'class accuracy',
+  'frequency_weighted_iou': 'weighted IoU',
 }
+SELECTS = ('validation', 'test')
 _SAYS = 'one confusion matrix over all images; mIoU over foreground classes'
-PROTOCOLS = (
-  Protocol('test', 'model', f"at the model's size, {_SAYS}", COLUMNS),
-  Protocol('test_native', 'native', f"at the images' size, {_SAYS}", COLUMNS),
-)
-VALIDATION = Protocol(
-  'validation',
-  'model',
-  f"training images held out, at the model's size, {_SAYS}",
-  COLUMNS,
-)
+# How images are resized, by `Protocol.size`.
+_SIZES = {
+  'model': "at the model's size",
+  'native': "at the images' size",
+  'short_side': "with the shorter side at the model's size",
+}
 
 
 class Data(base.Data):
@@ -56,6 +59,11 @@ class Data(base.Data):
         f'dense.held_out is a share of the training images, 0 to below 1, got '
         f'{dense.held_out}'
       )
+    if dense.select not in SELECTS:
+      raise ValueError(
+        f'config.dense.select is {dense.select!r}; there are: '
+        f'{", ".join(SELECTS)}'
+      )
     # A fixed order, whatever the run's seed: runs are compared.
     order = np.random.RandomState(0).permutation(images)
     held = round(dense.held_out * images)
@@ -66,16 +74,46 @@ class Data(base.Data):
     self.classes = dataset.classes
     self.ways, self.size = len(self.classes), len(dataset.test)
     self.per_epoch = len(self.train) / dense.batch_size
+    self.validation, self._kept = None, None
+    if dense.select == 'validation':
+      if not len(self.held_out):
+        self._kept = dataset.validation
+      self.validation = self._kept or self.held_out or None
+    _check_tests(config, self)
 
   def ids(self):
     parts = {
       'train': self.train,
       'held_out': self.held_out,
       'test': self.dataset.test,
+      **({'validation': self._kept} if self._kept else {}),
     }
     found = {name: list(x.ids) for name, x in parts.items()}
     digests = [getattr(x, 'digests', None) for x in parts.values()]
     return {**found, 'digest': base.digest_of(found, digests)}
+
+
+def _check_tests(config, data):
+  """Raises ValueError where a config asks for what cannot be tested."""
+  options = config.eval
+  chooses = options.keep_best and (options.every or options.epochs)
+  if chooses and data.validation is None and config.dense.select != 'test':
+    raise ValueError(
+      f'config.eval.keep_best chooses among checkpoints, and '
+      f'{data.dataset.name} keeps no images for that: hold some out of '
+      'training with config.dense.held_out=0.1, or choose on the test images, '
+      'as the originals do, with config.dense.select=test'
+    )
+  if options.saliency and data.ways != 1:
+    raise ValueError(
+      'config.eval.saliency scores maps of one foreground, and '
+      f'{data.dataset.name} has {data.ways} classes'
+    )
+  if options.masks and not options.saliency:
+    raise ValueError(
+      'config.eval.masks writes the maps that config.eval.saliency scores: set '
+      'both'
+    )
 
 
 def _base_classes(name, **args):
@@ -93,6 +131,25 @@ def _base_classes(name, **args):
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tests:
+  """How a part of a dataset is tested.
+
+  name: of its protocols. square, short: evaluators, the second perhaps None.
+  more: what the protocols say besides.
+  """
+
+  source: Sequence
+  name: str
+  square: Images
+  short: ShortSide | None
+  more: str
+
+  def maps(self, **how) -> Beside:
+    """What scores soft maps beside `square`; see `Saliency`."""
+    return Saliency(self.source, f'{self.name}_saliency', more=self.more, **how)
+
+
 class Task(base.Task):
   """See the module's docstring."""
 
@@ -101,23 +158,52 @@ class Task(base.Task):
 
   def __init__(self, config, *args):
     super().__init__(config, *args)
-    protocols = PROTOCOLS if config.eval.native else PROTOCOLS[:1]
-    self.evaluator = self._evaluator(self.data.dataset.test, protocols)
-    self.validator = None
-    if len(self.data.held_out):
-      self.validator = self._evaluator(self.data.held_out, (VALIDATION,))
-
-  def _evaluator(self, source, protocols):
-    config = self.config
-    kinds = {'model': metrics.ModelSize, 'native': metrics.NativeSize}
-    return Images(
-      source,
-      self.program.predict,
-      [kinds[x.size](self.data.classes, x, dense=True) for x in protocols],
-      image_size=config.data.image_size,
-      batch_size=config.eval.batch_size,
-      workers=config.data.workers,
+    sizes = ['model', 'native'] if config.eval.native else ['model']
+    chosen = config.dense.select == 'test' and config.eval.keep_best
+    self._tests = self._tests_of(
+      self.data.dataset.test,
+      'test',
+      sizes,
+      '; checkpoints were chosen on these images' if chosen else '',
     )
+    self._checks = self._tests
+    if self.data.validation is not None:
+      self._checks = self._tests_of(
+        self.data.validation,
+        'validation',
+        ['model'],
+        '; images that no step has trained on, to choose checkpoints by',
+      )
+
+  def _tests_of(self, source, name, sizes, more):
+    config = self.config
+    kinds = {'native': metrics.NativeSize}
+    how = {
+      'image_size': config.data.image_size,
+      'batch_size': config.eval.batch_size,
+      'workers': config.data.workers,
+    }
+
+    def found(size):
+      end = '' if size == 'model' else f'_{size}'
+      says = f'{_SIZES[size]}, {_SAYS}{more}'
+      return kinds.get(size, metrics.ModelSize)(
+        self.data.classes,
+        Protocol(f'{name}{end}', size, says, COLUMNS),
+        dense=True,
+      )
+
+    predict, short = self.program.predict, None
+    if config.eval.short_side:
+      short = ShortSide(source, predict, [found('short_side')], **how)
+    square = Images(
+      source,
+      predict,
+      [found(x) for x in sizes],
+      native=config.eval.saliency,
+      **how,
+    )
+    return _Tests(source, name, square, short, more)
 
   def batches(self):
     config = self.config
@@ -135,19 +221,43 @@ class Task(base.Task):
     return Dense(element['images'], element['labels']), element['valid']
 
   def test(self, state, show=()):
-    return self.evaluator.run(
-      self.variables(state), self.program.roles, show=show
-    )
+    """All evaluations; what is written of single images lies in the folder."""
+    return self._test(state, show, folder=self.workdir)
+
+  def _test(self, state, show=(), folder=None):
+    tests, options = self._tests, self.config.eval
+    maps = []
+    if options.saliency:
+      maps.append(
+        tests.maps(
+          sets=self.data.dataset.sets, folder=folder, masks=options.masks
+        )
+      )
+    of = self.variables(state), self.program.roles
+    found = [tests.square.run(*of, show=show, beside=maps)]
+    if tests.short is not None:
+      found.append(tests.short.run(*of))
+    return joined(*found)
 
   def validate(self, state):
-    if self.validator is None:
-      return self.test(state)
-    return self.validator.run(self.variables(state), self.program.roles)
+    """The evaluation that chooses comes first, and little beside it.
+
+    That is the Dice of soft maps where those are tested, mean IoU at the short
+    side where that is, or mean IoU at the model's size.
+    """
+    tests = self._checks
+    of = self.variables(state), self.program.roles
+    if self.config.eval.saliency:
+      scored = tests.square.run(*of, beside=[tests.maps(soft=True)])
+      *others, last = scored.protocols
+      return dataclasses.replace(scored, protocols=(last, *others))
+    return (tests.short or tests.square).run(*of)
 
   def references(self, state):
     if not self.config.eval.untrained:
       return {}
-    return {'untrained': self.untrained(state)}
+    scored = self._test(state)
+    return {'untrained': scored.scores[scored.protocols[0].name]}
 
   def show_begin(self):
     """Some images as the first steps see them."""
