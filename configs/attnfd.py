@@ -6,7 +6,8 @@ The teacher is a run of configs/deeplab.py, or a file of the original. Arguments
 after the colon: data=voc|cityscapes|camvid|synthetic, teacher=<run or file>,
 distiller=attnfd|none|kd|overhaul|dist|cirkd|ad|sp|ickd|aicsd|lad,
 backbone=resnet18|mobilenet_v2 of the student, teacher_backbone=resnet101|
-resnet18, recipe=released|repaired, seed=N, smoke.
+resnet18, recipe=released|repaired, select=validation|test (what checkpoints are
+chosen on; the originals do it on test images), seed=N, smoke.
 
 released is what the code does: in the first epoch only the connectors learn,
 and then only the student; attention to channels never does; the teacher's norms

@@ -167,6 +167,15 @@ def deeplab(model: ConfigDict, backbone: str, *, attention: str) -> None:
     model.backbone.fields.multi_grid = (1, 2, 4)
 
 
+def _chosen(config: ConfigDict, arg: types.SimpleNamespace) -> None:
+  """Sets what checkpoints are chosen on, after every epoch."""
+  # Parity: select=test is what the originals do.
+  config.eval.epochs, config.eval.keep_best = 1.0, True
+  config.dense.select = arg.select
+  if arg.select == 'validation' and arg.data != 'camvid':  # which keeps some
+    config.dense.held_out = 0.1
+
+
 def small_deeplab(model: ConfigDict, backbone: str) -> None:
   """The same for scenes drawn from a seed, in minutes."""
   model.backbone.name = backbone
@@ -176,6 +185,7 @@ def small_deeplab(model: ConfigDict, backbone: str) -> None:
 
 DENSE = {
   'data': ('voc', 'cityscapes', 'camvid', 'synthetic'),
+  'select': ('validation', 'test'),
   'seed': int,
   'smoke': False,
 }
@@ -206,7 +216,8 @@ def of_streets(
     ('model/.*', 10.0, None, begin, ''),
   )
   config.loss.divided = True
-  config.eval.epochs, config.eval.keep_best = 1.0, True
+  config.eval.short_side, config.eval.native = True, True
+  _chosen(config, arg)
   if arg.data == 'synthetic':
     config.data.name, config.data.workers = 'scenes', 0
     config.data.args = ConfigDict()
@@ -214,6 +225,8 @@ def of_streets(
     config.data.args.classes = SCENES
     config.data.image_size, config.dense.batch_size = 96, 8
     config.dense.recipe, config.eval.batch_size = 'none', 10
+    config.eval.short_side, config.eval.native = False, False
+    config.eval.epochs, optim.lr = 5.0, 0.1
 
 
 # Classes of the embedded scenes that minutes are enough for.
@@ -222,6 +235,7 @@ SCENES = ('striped disc', 'checked ring', 'dotted star', 'patched cross')
 
 POLYPS = {
   'data': ('polyp', 'kvasir', 'synthetic'),
+  'select': ('validation', 'test'),
   'augmented': False,
   'seed': int,
   'smoke': False,
@@ -241,13 +255,14 @@ def of_polyps(config: ConfigDict, arg: types.SimpleNamespace) -> None:
   config.optim.lr = config.optim.weight_decay = 1e-4
   config.optim.clip_value = 0.5
   config.epochs = 99.0  # Parity: the original's 100 begin at 1
-  config.eval.epochs, config.eval.keep_best = 1.0, True
+  config.eval.saliency, config.eval.native = True, False
+  _chosen(config, arg)
   if arg.data == 'synthetic':
     config.data.name, config.data.workers = 'scenes', 0
     config.data.args = ConfigDict({'kind': 'blobs'})
     config.data.args.update(num_train=256, num_test=64, image_size=96)
     config.data.image_size, config.dense.batch_size = 96, 8
-    config.eval.batch_size = 8
+    config.eval.batch_size, config.eval.epochs = 8, 5.0
 
 
 def dense_done(config: ConfigDict, arg: types.SimpleNamespace) -> ConfigDict:

@@ -5,7 +5,8 @@
 Its folder is then a teacher for configs/attnfd.py. Arguments after the colon:
 data=voc|cityscapes|camvid|synthetic, backbone=resnet101|resnet18|mobilenet_v2,
 attention=none|learned (maps for AttnFD beside the answer), recipe=released|
-repaired, seed=N, smoke.
+repaired, select=validation|test (what checkpoints are
+chosen on; the originals do it on test images), seed=N, smoke.
 
 The settings are AttnFD's: SGD, poly, 513 pixels, six images, the decoder at ten
 times the backbone's rate, cross-entropy divided by the batch. Those of CamVid

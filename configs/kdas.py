@@ -5,7 +5,8 @@
 The teacher is a run of configs/polyp_pvt.py, or a file of the original.
 Arguments after the colon: data=polyp|kvasir|synthetic, teacher=<run or file>,
 distiller=kdas|none|kd|dist|ickd|aicsd|lad, recipe=released|repaired,
-guide=mse|l1 (how symmetric maps are compared), augmented, seed=N, smoke.
+guide=mse|l1 (how symmetric maps are compared), augmented, select=validation|test (what checkpoints are
+chosen on; the originals do it on test images), seed=N, smoke.
 
 released is what the code does: the attention terms have no gradient, so that
 what is learnt is 0.7 of the labels' loss and 0.3 of the symmetric maps'. In

@@ -4,7 +4,8 @@
 
 Its folder is then a teacher for configs/kdas.py. Arguments after the colon:
 data=polyp|kvasir|synthetic, backbone=b2|b0 (and b1, b3 to b5) of PVTv2,
-augmented (the original's default has no augmentation), seed=N, smoke.
+augmented (the original's default has no augmentation), select=validation|test (what checkpoints are
+chosen on; the originals do it on test images), seed=N, smoke.
 
 The settings are the original's: AdamW at a constant rate, gradients clamped to
 0.5, every batch of 16 at 256, 352 and 448 pixels, structure loss of both heads

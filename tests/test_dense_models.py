@@ -653,7 +653,7 @@ def test_golden_step_of_attnfd(shared):
     number, _, leaf = name.partition('.')
     path = f'distiller/connectors/{names[number]}/{ours[leaf]}'
     found = np.linalg.norm(np.asarray(grads[path], np.float64))
-    assert found == pytest.approx(norm, rel=rel), name
+    assert found == pytest.approx(norm, rel=2e-3), name
   for name, values in theirs['running'].items():
     torch = name.removeprefix('s.').removesuffix('[0..2]')
     [path] = params.places([torch], rules).values()

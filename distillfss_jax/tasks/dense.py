@@ -17,7 +17,7 @@ from distillfss_jax.evaluators.base import Beside, Protocol, joined
 from distillfss_jax.evaluators.images import Images, ShortSide
 from distillfss_jax.evaluators.saliency import Saliency
 from distillfss_jax.tasks import base
-from distillfss_jax.types import Dense
+from distillfss_jax.types import SOFT, VOID, Dense
 
 COLUMNS = {
   'miou': 'mIoU',
@@ -53,6 +53,14 @@ class Data(base.Data):
     self.dataset = dataset = load(config.data.name, **config.data.args)
     base.check_shared(dense.batch_size, 'dense')
     self.recipe = augment.get(dense.recipe)
+    self.soft = augment.is_soft(dense.recipe)
+    wanted = 'loss' in config and 'soft' in config.loss and config.loss.soft
+    if self.soft != bool(wanted):
+      raise ValueError(
+        f'config.dense.recipe={dense.recipe!r} gives '
+        f'{"soft" if self.soft else "whole"} labels, and config.loss.soft is '
+        f'{bool(wanted)}: change one of them'
+      )
     images = len(dataset.train)
     if not 0 <= dense.held_out < 1:
       raise ValueError(
@@ -272,9 +280,12 @@ class Task(base.Task):
         )
       )
     )
+    labels = batch['labels']
+    if self.data.soft:
+      labels = np.where(labels == VOID, VOID, labels > SOFT // 2)
     self.show_support(
       batch['images'],
-      batch['labels'],
+      labels,
       None,
       palette=self.data.dataset.palette,
     )

@@ -1,0 +1,298 @@
+"""Dense networks in the one loop: alone, and with a teacher and a distiller."""
+
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import test_throwaway as runs
+from ml_collections import ConfigDict
+
+from distillfss_jax import config as configs
+from distillfss_jax import params, systems, train
+from distillfss_jax.pretrained import archive, weights
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent
+EPOCHS = 2  # of two steps
+
+
+def small(name, *arg):
+  """A config on eight scenes of 64 pixels, at the smallest width."""
+  text = ','.join(('data=synthetic', *arg))
+  made = configs.load(f'{ROOT}/configs/{name}.py:{text}')
+  made.unlock()
+  made.data.image_size = 64
+  made.data.args.update(num_train=8, num_test=2, image_size=64)
+  if made.model.name == 'polyp_pvt':
+    made.dense.recipe, made.loss.sizes = 'polyp_soft', (0.5, 1.0, 1.5)
+  else:
+    made.data.args.classes = ('striped disc', 'dotted star')
+  for model in (made.model, made.teacher):
+    if model.name == 'deeplab':
+      model.fields.width, model.backbone.name = 16, 'resnet_tiny'
+    elif model.name:
+      model.backbone.name = 'pvt_v2_tiny'
+  if made.distiller.name == 'cirkd':
+    made.distiller.fields.update(
+      queued_pixels=8, queued_regions=4, drawn_pixels=8, drawn_regions=8
+    )
+  made.dense.batch_size, made.dense.held_out = 4, 0.0
+  made.steps, made.epochs = 2 * EPOCHS, 0.0
+  made.optim.schedule = 'constant'  # runs of two lengths begin alike
+  made.log_every, made.checkpoint_every = 1, 1
+  made.eval.epochs, made.eval.keep_best, made.eval.panels = 0.0, False, 0
+  made.eval.saliency = made.eval.short_side = made.eval.native = False
+  return made.lock()
+
+
+def taught(name, teacher='', *arg):
+  return small(name, f'teacher={teacher}', *arg)
+
+
+def moved(config, folder, tmp_path, upto):
+  """The paths that differ between the start and a step."""
+  made = config.copy_and_resolve_references()
+  with made.unlocked():
+    made.steps = upto
+  train.run(made, folder)
+  state = runs.state(folder, upto)
+  _, draw = systems.build(made, 2)
+  start = jax.device_get(draw())
+  return {
+    path
+    for path, x in start.items()
+    if not np.array_equal(x, state.get(f'params/{path}', x))
+  }
+
+
+def test_released_attnfd_trains_its_connectors_first(tmp_path):
+  config = taught('attnfd')
+  first = moved(config, tmp_path / 'one', tmp_path, 2)  # the first epoch
+  assert first
+  assert all(path.startswith('distiller/connectors/') for path in first)
+  whole = small('attnfd', 'teacher=')
+  train.run(whole, tmp_path / 'two')
+  one, two = runs.state(tmp_path / 'one', 2), runs.state(tmp_path / 'two', 4)
+  same = {
+    path
+    for path, x in one.items()
+    if path.startswith('params/') and np.array_equal(x, two[path])
+  }
+  assert same == {f'params/{path}' for path in first}
+  # Attention to channels is no convolution: it stays as it was drawn.
+  assert not any('channel' in path for path in two if 'params/' in path)
+  assert any('attention/aspp/channel1' in path for path in two)
+  for path in two:  # batch statistics of the teacher move nothing of it
+    if path.startswith('buffers/teacher/'):
+      np.testing.assert_array_equal(two[path], one[path])
+
+
+def test_repaired_attnfd_trains_all_together(tmp_path):
+  paths = moved(
+    taught('attnfd', '', 'recipe=repaired'), tmp_path / 'one', tmp_path, 1
+  )
+  for part in (
+    'model/backbone/', 'model/decoder/', 'distiller/connectors/',
+    'model/attention/aspp/channel',
+  ):  # fmt: skip
+    assert any(path.startswith(part) for path in paths), part
+  assert not any(path.startswith('teacher/') for path in paths)
+
+
+def test_a_teacher_is_a_run_of_the_same_data(tmp_path):
+  train.run(small('deeplab'), tmp_path / 'teacher')
+  before = runs.state(tmp_path / 'teacher', 4)
+  results = train.run(
+    taught('attnfd', tmp_path / 'teacher', 'distiller=kd'), tmp_path / 'run'
+  )
+  after = runs.state(tmp_path / 'run', 4)
+  for path, x in before.items():
+    kind, _, name = path.partition('/')
+    if name.startswith('model/'):
+      name = name.replace('model/', 'teacher/', 1)
+      kind = {'params': 'frozen'}.get(kind, kind)
+      np.testing.assert_array_equal(after[f'{kind}/{name}'], x, err_msg=path)
+  assert set(results['test']) == {'student', 'teacher'}
+  own = json.loads((tmp_path / 'teacher' / 'results.json').read_text())
+  for key in ('pixel_accuracy', 'frequency_weighted_iou'):
+    here, there = results['test']['teacher'][key], own['test']['student'][key]
+    assert here == pytest.approx(there, abs=1e-6)
+
+  # It was trained without attention, which then stays as drawn.
+  train.run(taught('attnfd', tmp_path / 'teacher'), tmp_path / 'attends')
+  other = taught('attnfd', tmp_path / 'teacher', 'distiller=kd')
+  with other.unlocked():
+    other.data.name = 'synthetic'
+    other.data.args = ConfigDict({'num_train': 8, 'num_test': 2})
+  with pytest.raises(ValueError, match=r"its config.data.name is 'scenes'"):
+    train.run(other, tmp_path / 'other')
+
+
+def test_a_file_of_the_original_is_a_teacher(tmp_path):
+  """Names of the original, with its `module.`, go in and come out."""
+  config = taught('attnfd', '', 'distiller=attnfd')
+  system, draw = systems.build(config, 2)
+  arrays = jax.device_get(draw())
+  [source] = [x for x in system.sources(config) if x.key == 'teacher.init']
+  tensors = weights.to_tensors(arrays, source.parts[:1])
+  path = tmp_path / 'teacher.safetensors'
+  archive.write(path, {f'module.{name}': x for name, x in tensors.items()})
+  with config.unlocked():
+    config.teacher.init, config.seed = str(path), 1
+  system, draw = systems.build(config, 2)
+  loaded = weights.load(config, system, jax.device_get(draw()))
+  for name, x in arrays.items():
+    if name.startswith('teacher/'):
+      np.testing.assert_array_equal(loaded[name], x, err_msg=name)
+  # Public teachers have no attention.
+  bare = {name: x for name, x in tensors.items() if 'cbam' not in name}
+  archive.write(path, bare)
+  own = jax.device_get(draw())
+  loaded = weights.load(config, system, own)
+  for name, x in own.items():
+    if name.startswith('teacher/attention/'):
+      np.testing.assert_array_equal(loaded[name], x)
+    elif name.startswith('teacher/'):
+      np.testing.assert_array_equal(loaded[name], arrays[name])
+
+
+@pytest.mark.parametrize(
+  ('name', 'change', 'says'),
+  [
+    ('kdas', ('dense.recipe', 'none'), 'config.loss.soft is True'),
+    ('deeplab', ('dense.recipe', 'polyp_soft'), 'gives soft labels'),
+    ('deeplab', ('loss.name', 'hinge'), 'there are: cross_entropy, focal'),
+    ('deeplab', ('loss.name', 'structure'), 'the data have 2'),
+    ('attnfd', ('distiller.name', 'magic'), 'there are: none, ad, aicsd'),
+    ('attnfd', ('teacher.statistics', 'own'), 'there are: batch, running'),
+    ('attnfd', ('distiller.fields.norm', 'all'), 'batch, sample, channel'),
+    ('kdas', ('data.image_size', 100), 'multiples of 32, such as 352'),
+  ],
+)
+def test_what_does_not_fit_is_said_before_anything(
+  tmp_path, name, change, says
+):
+  config = small(name)
+  with config.unlocked():
+    config.update_from_flattened_dict({change[0]: change[1]})
+  with pytest.raises(ValueError, match=re.escape(says)):
+    train.run(config, tmp_path / 'run')
+
+
+def test_kdas_trains_each_batch_at_three_sizes():
+  config = small('kdas', 'teacher=')
+  system, _ = systems.build(config, 1)
+  assert system.updates == (32, 64, 96)
+  whole = configs.load(f'{ROOT}/configs/kdas.py')
+  assert systems.build(whole, 1)[0].updates == (256, 352, 448)
+  assert (whole.optim.clip_value, whole.optim.schedule) == (0.5, 'constant')
+  # 1450 images in batches of 16, of which the last is smaller.
+  assert whole.dense.batch_size == 16
+
+
+def test_partition_of_the_released_optimiser():
+  """11,176,612 parameters at the rate, 5,431,869 at ten times it."""
+  config = configs.load(f'{ROOT}/configs/attnfd.py:data=voc')
+  system, draw = systems.build(config, 20)
+  shapes = params.shapes(jax.eval_shape(draw))
+  counts = {1.0: 0, 10.0: 0}
+  for path in system.trains:
+    for regex, factor, *_ in config.optim.groups[1:]:
+      if re.fullmatch(regex, path):
+        counts[factor] += int(np.prod(shapes[path]))
+        break
+  assert counts == {1.0: 11_176_612, 10.0: 5_431_869}
+
+
+class Killed(BaseException):
+  """As if by a signal that cannot be heard."""
+
+
+CASES = [('attnfd', ''), ('attnfd', 'distiller=cirkd'), ('kdas', '')]
+IDS = ['attnfd', 'cirkd', 'kdas']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'arg'), CASES, ids=IDS)
+def test_killed_it_goes_on(name, arg, tmp_path, monkeypatch):
+  config = small(name, *filter(None, (arg,)))
+  results = train.run(config, tmp_path / 'whole')
+  seen = train._Job._check_finite
+
+  def dies(self, step, log):
+    seen(self, step, log)
+    if step >= 3:
+      raise Killed
+
+  monkeypatch.setattr(train._Job, '_check_finite', dies)
+  with pytest.raises(Killed):
+    train.run(config, tmp_path / 'killed')
+  monkeypatch.setattr(train._Job, '_check_finite', seen)
+  assert train.run(config, tmp_path / 'killed')['test'] == results['test']
+  whole = runs.state(tmp_path / 'whole', 4)
+  for path, x in runs.state(tmp_path / 'killed', 4).items():
+    np.testing.assert_array_equal(x, whole[path], err_msg=path)
+
+
+def work(folder, name, arg, processes, process, address):
+  """A run of one process, in a program of its own."""
+  if processes > 1:
+    from distillfss_jax import parallel
+
+    parallel.start(address, processes, process)
+  train.run(small(name, *filter(None, (arg,))), folder)
+
+
+def start(folder, name, arg, devices, processes=1, process=0, address=''):
+  environment = dict(
+    os.environ,
+    JAX_PLATFORMS='cpu',
+    XLA_FLAGS=f'--xla_force_host_platform_device_count={devices} '
+    '--xla_backend_optimization_level=0',
+    PYTHONPATH=os.pathsep.join([str(HERE), str(ROOT)]),
+  )
+  arguments = (str(folder), name, arg, processes, process, address)
+  code = f'import test_segmentation; test_segmentation.work(*{arguments!r})'
+  return subprocess.Popen(
+    [sys.executable, '-c', code],
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'arg'), CASES, ids=IDS)
+def test_devices_and_processes_change_nothing(name, arg, tmp_path):
+  """Norms of a whole batch, statistics and queues are those of one device."""
+  runs.finish([start(tmp_path / 'alone', name, arg, 1)])
+  one = runs.losses(tmp_path / 'alone')
+  state = runs.state(tmp_path / 'alone', 4)
+  for devices, processes in ((2, 1), (4, 1), (1, 2)):
+    folder = tmp_path / f'{devices}_{processes}'
+    with socket.socket() as s:
+      s.bind(('127.0.0.1', 0))
+      address = f'127.0.0.1:{s.getsockname()[1]}'
+    runs.finish(
+      [
+        start(folder, name, arg, devices, processes, i, address)
+        for i in range(processes)
+      ]
+    )
+    other = runs.losses(folder)
+    assert one.keys() == other.keys()
+    for step, loss in one.items():
+      assert other[step] == pytest.approx(loss, rel=1e-3)
+    ours = runs.state(folder, 4)
+    for path, x in state.items():
+      np.testing.assert_allclose(
+        ours[path], x, rtol=2e-2, atol=2e-3, err_msg=path
+      )
