@@ -264,6 +264,12 @@ def test_folders_from_before_go_on(held_out, tmp_path):
   found = configs.saved(tmp_path / 'config.json')
   assert found['dense.select'] == ('validation' if held_out else 'test')
   assert found['eval.saliency'] is False
+  (tmp_path / 'config.json').write_text(
+    common.get_config().to_json_best_effort()
+  )
+  assert not {'eval.saliency', 'dense.select'} & set(
+    configs.saved(tmp_path / 'config.json')
+  )
 
 
 def test_sets_come_along():
