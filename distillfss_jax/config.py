@@ -56,6 +56,8 @@ ADDED: dict[str, Any] = {
   'source.test_exact': False,
   'source.generalised': 0,
 }
+# Those of `ADDED` that only configs with a group 'dense' have.
+_OF_DENSE = ('eval.short_side', 'eval.saliency', 'eval.masks')
 
 
 def load(text: str) -> ConfigDict:
@@ -192,7 +194,12 @@ def saved(path: str | os.PathLike) -> dict[str, Any]:
   """
   found = {renamed(k): v for k, v in flat(files.read_json(path)).items()}
   groups = {key.rpartition('.')[0] for key in found}
-  added = {k: v for k, v in ADDED.items() if k.rpartition('.')[0] in groups}
+  added = {
+    k: v
+    for k, v in ADDED.items()
+    if k.rpartition('.')[0] in groups
+    and (k not in _OF_DENSE or 'dense' in groups)
+  }
   if 'dense.select' in added and not found.get('dense.held_out'):
     added['dense.select'] = 'test'  # there was nothing else to choose by
   return {**added, **found}

@@ -85,6 +85,9 @@ def rows(
     for settings, cells in _split(scored).items()
   ]
   notes = [note for row in made for note in _uneven(row)]
+  scored = (x for row in made for cell in row.cells.values() for x in cell.runs)
+  if any(run.on_tests for run in scored):
+    notes.insert(0, tables.ON_TESTS_SAYS)
   made.sort(key=lambda x: (x.dataset, x.backbone, x.method, x.settings))
   return made, notes, warnings
 

@@ -172,7 +172,8 @@ def _hole(place, like, started, root):
   }  # fmt: skip
   line = _like(started, {}, root) if started else _like(like, changes, root)
   if line or like.place[:2] == place[:2]:
-    what = f'{like.dataset}, {results.method(kind)}, {backbone}, {shots} shots'
+    what = f'{like.dataset}, {results.method(kind)}, {backbone}'
+    what += f', {shots} shots' if shots else ''
     what += f', seed {seed}' + (f', support seed {draw}' if draw else '')
     yield what + (', unfinished' if started and line else ''), line
 

@@ -17,6 +17,10 @@ NEEDED = {
   'model.backbone.name': str, 'support.shots': int, 'support.rule': str,
   'support.seed': int,
 }  # fmt: skip
+# What runs have of these that learn without a support.
+WITHOUT = {
+  'student': '', 'support.shots': 0, 'support.rule': '', 'support.seed': 0,
+}  # fmt: skip
 # Of a run's folder; they are large and hold no runs.
 INSIDE = ('checkpoints', 'tensorboard', 'panels')
 
@@ -25,7 +29,8 @@ class Run:
   """A run's folder: its config by dotted path; results None if unfinished.
 
   `kind` is what is trained: the system, and which student if it has one. A mean
-  is taken over runs that differ in their `draw`.
+  is taken over runs that differ in their `draw`. `on_tests` says that the test
+  images chose the checkpoint.
   """
 
   def __init__(self, folder: pathlib.Path, config: dict, results: dict | None):
@@ -37,6 +42,9 @@ class Run:
     self.shots = config['support.shots']
     self.draw = tuple(config[key] for key in AVERAGED)
     self.place = self.kind, self.backbone, self.shots, self.draw
+    chosen = (results or {}).get('checkpoint')
+    chosen = chosen.get('chosen_on') if isinstance(chosen, dict) else None
+    self.on_tests = bool(chosen) and not str(chosen).startswith('validation')
 
 
 def kind_of(config: dict) -> tuple[str, str]:
@@ -90,7 +98,7 @@ def todays(name: str, arg: str = '') -> dict | None:
     return None
   try:
     get_config = configs.read_file(CONFIGS / f'{name}.py')['get_config']
-    return configs.flat(get_config(*([arg] if arg else [])))
+    return _whole(configs.flat(get_config(*([arg] if arg else []))))
   except (ValueError, TypeError):
     return None
 
@@ -107,6 +115,7 @@ def load(folder: pathlib.Path) -> Run | None:
   config = configs.saved(folder / 'config.json')
   if not done and 'system' not in config:
     return None  # converted weights also have one
+  config = _whole(config)
   for key, kind in NEEDED.items():
     if type(config.get(key)) is not kind:
       raise ValueError(
@@ -115,6 +124,12 @@ def load(folder: pathlib.Path) -> Run | None:
       )
   scored = files.read_json(folder / 'results.json') if done else None
   return Run(folder, _defaults(config['name']) | config, scored)
+
+
+def _whole(config):
+  """A flat config, also of a run that learns without a support."""
+  adapts = config.get('task', 'adaptation') == 'adaptation'
+  return config if adapts else WITHOUT | config
 
 
 def _defaults(name):

@@ -13,6 +13,13 @@ from launch.results import Run
 TITLES = {'miou': 'mIoU', 'fb_iou': 'FB-IoU', 'f1': 'F1'}
 
 
+ON_TESTS = '§'
+ON_TESTS_SAYS = (
+  f'{ON_TESTS} the test images chose the checkpoint: better than it would be '
+  'on new images'
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
   """Scores in 0..1 of runs that differ in nothing but their draws."""
@@ -32,7 +39,8 @@ class Cell:
 
   def __str__(self):
     spread = '' if self.std is None else f' ± {tenths(self.std)}'
-    return f'{tenths(self.mean)}{spread} (n={len(self.scores)})'
+    mark = f' {ON_TESTS}' if any(run.on_tests for run in self.runs) else ''
+    return f'{tenths(self.mean)}{spread} (n={len(self.scores)}){mark}'
 
   def columns(self) -> tuple:
     """The last ones of the CSV."""
@@ -96,7 +104,7 @@ class Report:
     left = 4 if split else 3
     columns = sorted({shots for row in self.rows for shots in row.cells})
     header = ['dataset', 'method', 'backbone', 'settings'][:left]
-    header += [f'{shots} shots' for shots in columns]
+    header += [f'{shots} shots' if shots else 'all images' for shots in columns]
     lines = [
       [text or '-' for text in row.label[:left]]
       + [str(row.cells.get(shots, '-')) for shots in columns]
@@ -184,7 +192,7 @@ LATEX = str.maketrans({
   '\\': r'\textbackslash{}', '&': r'\&', '%': r'\%', '$': r'\$', '#': r'\#',
   '_': r'\_', '{': r'\{', '}': r'\}', '~': r'\textasciitilde{}',
   '^': r'\textasciicircum{}', '±': r'$\pm$', '†': r'$^\dagger$',
-  '‡': r'$^\ddagger$', '<': r'$<$', '>': r'$>$', '|': r'$|$',
+  '‡': r'$^\ddagger$', '§': r'\S{}', '<': r'$<$', '>': r'$>$', '|': r'$|$',
 })  # fmt: skip
 
 
@@ -219,7 +227,7 @@ def plot(report: Report) -> bytes:
   for axes, dataset in zip(plots, panels, strict=False):
     axes.set_title(dataset)
     _draw(axes, [row for row in report.rows if row.dataset == dataset])
-  notes = [x for x in report.notes if x[0] in '*†‡']
+  notes = [x for x in report.notes if x[0] in f'*†‡{ON_TESTS}']
   return png(figure, '\n'.join([report.title, *notes]))
 
 
@@ -228,8 +236,9 @@ def _draw(axes, rows):
   for row in rows:
     _line(axes, row, colours)
   ticks = sorted({shots for row in rows for shots in row.cells})
-  axes.set_xscale('log')
-  axes.set_xticks(ticks, list(map(str, ticks)))
+  if all(ticks):
+    axes.set_xscale('log')
+  axes.set_xticks(ticks, [str(x or 'all') for x in ticks])
   axes.minorticks_off()
   axes.set_xlabel('shots')
   axes.set_ylabel('per cent')

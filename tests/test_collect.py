@@ -837,3 +837,54 @@ def test_starts_at_once():
   )
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=False)
   assert done.returncode == 0
+
+
+def dense(root, name, score, chosen_on, *, arg='data=synthetic', **changes):
+  """A run of pspnet, which learns without a support."""
+  folder = put(root, arg, score, stem='pspnet', name=name, changes=changes)
+  path = folder / 'results.json'
+  found = json.loads(path.read_text())
+  if chosen_on:
+    found['checkpoint'] = {'step': 1, 'chosen_on': chosen_on}
+  path.write_text(json.dumps(found))
+  return folder
+
+
+def test_runs_without_a_support_and_what_chose_them(tmp_path):
+  """A mark where test images chose, in every form; no mark elsewhere."""
+  dense(tmp_path, 'a', 0.5, 'test', seed=0)
+  dense(tmp_path, 'b', 0.7, 'test_short_side', seed=1)
+  changes = {'dense.held_out': 0.1, 'dense.select': 'validation'}
+  dense(tmp_path, 'c', 0.4, 'validation', **changes)
+  dense(tmp_path, 'd', 0.6, 'validation_saliency', seed=1, **changes)
+  report, warnings = made(tmp_path)
+  assert not warnings
+  found = sorted(str(x) for row in report.rows for x in row.cells.values())
+  assert found == ['50.0 ± 14.1 (n=2)', '60.0 ± 14.1 (n=2) §']
+  assert report.notes[0] == tables_lib.ON_TESTS_SAYS
+  for make in (tables_lib.terminal, tables_lib.markdown, tables_lib.page):
+    text = make(report)
+    assert 'all images' in text
+    assert '§ the test images chose' in text
+  assert r'(n=2) \S{}' in tables_lib.latex(report)
+
+
+def test_no_mark_without_a_choice(tmp_path):
+  dense(tmp_path, 'a', 0.5, '')
+  report, _ = made(tmp_path)
+  assert '§' not in tables_lib.terminal(report)
+
+
+def test_the_command_of_a_run_without_a_support(tmp_path):
+  """What another backbone has is missing, with its command."""
+  changes = {'dense.held_out': 0.1, 'dense.select': 'validation'}
+  for seed in (0, 1):
+    dense(tmp_path, f's{seed}', 0.5, 'test', arg='backbone=vgg16', seed=seed)
+  dense(tmp_path, 'v', 0.5, 'validation', arg='fold=0', seed=0, **changes)
+  report, _ = made(tmp_path)
+  [(what, line)] = report.missing
+  assert what.startswith('pascal, pspnet')
+  stem, arg, overrides, _ = flags_of(line)
+  assert stem == 'pspnet'
+  assert 'seed=1' in arg
+  assert overrides['dense.held_out'] == '0.1'

@@ -23,6 +23,7 @@ FILLS = {
     ('fit', 'bam', 'bam_coco', 'hdmnet', 'hdmnet_coco', 'base'), (255,)
   ),
   'attnfd': (0,),
+  'attnfd_void': (255,),
   'attnfd_cityscapes': (255,),
   'polyp_augmented': (0,),
 }
@@ -699,7 +700,8 @@ def test_the_table():
   assert augment.get('ifa') == augment.Turned(0.5, False)
   assert augment.get('ifa_deepglobe') == augment.Turned(0.8, True)
   assert augment.get('attnfd').fill == 0
-  assert augment.get('attnfd_cityscapes') == augment.get('attnfd', fill=255)
+  for name in ('attnfd_void', 'attnfd_cityscapes'):
+    assert augment.get(name) == augment.get('attnfd', fill=255)
   assert augment.get('base', factors=(1, 1)).factors == (1, 1)
   with pytest.raises(
     ValueError, match="no augmentation 'bma'; there are: none"

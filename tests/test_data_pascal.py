@@ -147,7 +147,7 @@ def test_names_and_colours():
   ]  # fmt: skip
 
 
-def test_all_classes(prepared):
+def test_all_classes(prepared, caplog):
   data_dir, records, manifest = prepared
   assert splits(manifest) == {x: list(y) for x, y in records.items()}
   loaded = datasets.load('pascal', data_dir=data_dir)
@@ -157,6 +157,7 @@ def test_all_classes(prepared):
   same(loaded.train, records['train'] | records['sbd'])
   same(loaded.test, records['test'])
   same(pascal.load(data_dir, augmented=False).train, records['train'])
+  assert 'SBD was not there' not in caplog.text
 
 
 def test_void_as_background(prepared):
@@ -214,12 +215,17 @@ def test_places(tmp_path, top, sbd):
   assert splits(manifest) == {x: list(y) for x, y in records.items()}
 
 
-def test_voc_alone(tmp_path):
+def test_voc_alone(tmp_path, caplog):
   files, records = made(2)
   files = {x: y for x, y in files.items() if x.startswith(VOC)}
   manifest, _ = pascal.prepare(put(files, tmp_path / 'raw'), tmp_path / 'data')
   assert set(splits(manifest)) == {'train', 'test'}
+  said = 'pascal: SBD was not there when it was prepared: 2 images train'
+  alone = pascal.load(tmp_path / 'data', augmented=False).train
+  same(alone, records['train'])
+  assert said not in caplog.text
   same(pascal.load(tmp_path / 'data').train, records['train'])
+  assert said in caplog.text
 
 
 @pytest.mark.parametrize('top', [VOC, ''])

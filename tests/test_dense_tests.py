@@ -1,7 +1,11 @@
 """What a dense run tests, at which sizes, and what chooses its checkpoint."""
 
 import json
+import os
 import pathlib
+import socket
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +14,7 @@ from PIL import Image
 
 from configs import common
 from distillfss_jax import config as configs
-from distillfss_jax import datasets, systems, tasks, train
+from distillfss_jax import datasets, parallel, systems, tasks, train
 from distillfss_jax.data import augment, core, pipeline
 from distillfss_jax.datasets import scenes, synthetic
 from distillfss_jax.evaluators import base, images, metrics
@@ -29,7 +33,7 @@ def known(monkeypatch):
 
 
 def config(**values):
-  """A short dense run of the throw-away system; `values` with _ for dots."""
+  """A short dense run of the throw-away system; `values` with __ for dots."""
   made = common.dense(common.base())
   made.name = made.system = 'pair'
   made.data.image_size = 16
@@ -243,7 +247,7 @@ def test_the_images_that_a_dataset_keeps_choose(monkeypatch):
     ({'eval__keep_best': True}, 'dense.held_out=0.1, or choose on the test'),
     ({'eval__masks': True}, 'set both'),
     (
-      {'eval__saliency': True, 'data__args.classes': 2},
+      {'eval__saliency': True, 'data__args__classes': 2},
       'maps of one foreground, and synthetic has 2 classes',
     ),
   ],
@@ -264,6 +268,12 @@ def test_folders_from_before_go_on(held_out, tmp_path):
   found = configs.saved(tmp_path / 'config.json')
   assert found['dense.select'] == ('validation' if held_out else 'test')
   assert found['eval.saliency'] is False
+  (tmp_path / 'config.json').write_text(
+    common.get_config().to_json_best_effort()
+  )
+  assert not {'eval.saliency', 'dense.select'} & set(
+    configs.saved(tmp_path / 'config.json')
+  )
 
 
 def test_sets_come_along():
@@ -277,3 +287,64 @@ def test_sets_come_along():
 def _blobs():
   made = scenes.load('blobs', num_train=2, num_test=2)
   return made.train, made.test
+
+
+def work(folder, processes, process, address):
+  """A run of one process, in a program of its own."""
+  if processes > 1:
+    parallel.start(address, processes, process)
+  systems.__path__.append(str(HERE / 'throwaway'))
+  made = config(
+    eval__keep_best=True, eval__saliency=True, eval__masks=True,
+    eval__short_side=True, dense__select='test', optim__lr=0.0,
+    data__args__num_test=5,
+  )  # fmt: skip
+  train.run(made, folder)
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one(tmp_path):
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{s.getsockname()[1]}'
+  found = []
+  for count in (1, 2):
+    folder = tmp_path / f'{count}'
+    jobs = []
+    for i in range(count):
+      code = 'import test_dense_tests as x; '
+      code += f'x.work(*{(str(folder), count, i, address)!r})'
+      jobs.append(
+        subprocess.Popen(
+          [sys.executable, '-c', code],
+          env={
+            **os.environ,
+            'JAX_PLATFORMS': 'cpu',
+            'PYTHONPATH': os.pathsep.join([str(HERE), str(HERE.parent)]),
+          },
+          stdout=subprocess.PIPE,
+          stderr=subprocess.STDOUT,
+          text=True,
+        )
+      )
+    try:
+      for job in jobs:
+        said, _ = job.communicate(timeout=600)
+        assert job.returncode == 0, said[-3000:]
+    finally:
+      for job in jobs:
+        job.kill()
+        job.communicate()
+    found.append(json.loads((folder / 'results.json').read_text()))
+    assert len(list((folder / 'masks/test').glob('*.png'))) == 5
+    lines = (folder / 'saliency.csv').read_text().splitlines()
+    assert len(lines) == 1 + 2 * 5
+    assert '0.000000' not in lines[1].split(',')[3:6]  # no image is missing
+  one, two = found
+  assert one['checkpoint']['chosen_on'] == two['checkpoint']['chosen_on']
+  assert two['test_images'] == 5
+  for name in ('test', 'test_short_side', 'test_saliency'):
+    for role, numbers in one[name].items():
+      for key, value in numbers.items():
+        if isinstance(value, float):
+          assert two[name][role][key] == pytest.approx(value, abs=2e-3), key

@@ -398,6 +398,7 @@ RECIPES = {
   'ifa': Turned(),
   'ifa_deepglobe': Turned(flips=0.8, tiles=True),
   'attnfd': Cropped(),
+  'attnfd_void': Cropped(fill=VOID),  # the repair
   'attnfd_cityscapes': Cropped(fill=VOID),
   'polyp': polyp,
   'polyp_augmented': Spun(),

@@ -7,6 +7,7 @@ folds). It is prepared once with all 20 classes; folds are chosen when it is
 loaded. 255 is void: the borders of VOC's own labels; SBD has none.
 """
 
+import collections
 import dataclasses
 import io
 import logging
@@ -70,7 +71,8 @@ def load(data_dir='data', fold=None, augmented=True, void=True):
     data_dir: folder of all prepared datasets.
     fold: None for all 20 classes; 0..3 for the five of a fold, as labels 1..5,
       in the images where one occurs.
-    augmented: with the training images that have their labels from SBD.
+    augmented: with the training images that have their labels from SBD: all
+      10582 of VOC's dense benchmark, in place of 1464.
     void: False counts void as background.
 
   Raises:
@@ -79,6 +81,16 @@ def load(data_dir='data', fold=None, augmented=True, void=True):
   if fold is not None and fold not in range(FOLDS):
     raise ValueError(f'fold {fold!r} is not one of 0..{FOLDS - 1}, or None')
   labels = range(1, 21) if fold is None else fold_labels(fold)
+  there = prepared.manifest(Pascal, data_dir)
+  if augmented and there:
+    splits = collections.Counter(row['split'] for row in there['records'])
+    if not splits['sbd']:
+      logging.warning(
+        'pascal: SBD was not there when it was prepared: %d images train, of '
+        '%d that augmented=True stands for',
+        splits['train'],
+        _WHOLE['train'],
+      )
   made = prepared.load_prepared(
     Pascal,
     data_dir,

@@ -157,7 +157,7 @@ class Saliency(base.Beside):
     self._pool.shutdown()
     # What another process saw is 0 here.
     numbers, curves, odd = jax.tree.map(
-      lambda x: parallel.gather(x).sum(0),
+      lambda x: parallel.gather(x).sum(0) if x.size else x,
       (self._numbers, self._curves, self._odd),
     )
     if self._folder is not None and jax.process_index() == 0:
