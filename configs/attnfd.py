@@ -3,11 +3,12 @@
     python -m distillfss_jax.main --config configs/attnfd.py:data=synthetic,teacher=runs/teacher
 
 The teacher is a run of configs/deeplab.py, or a file of the original. Arguments
-after the colon: data=voc|cityscapes|camvid|synthetic, teacher=<run or file>,
+after the colon: data=pascal|cityscapes|camvid|synthetic, teacher=<run or file>,
 distiller=attnfd|none|kd|overhaul|dist|cirkd|ad|sp|ickd|aicsd|lad,
 backbone=resnet18|mobilenet_v2 of the student, teacher_backbone=resnet101|
-resnet18, recipe=released|repaired, select=validation|test (what checkpoints are
-chosen on; the originals do it on test images), seed=N, smoke.
+resnet18, recipe=released|repaired, train=voc|aug (1464 images of
+pascal, or 10582 with SBD), select=validation|test (what checkpoints are chosen
+on; the originals do it on test images), seed=N, smoke.
 
 released is what the code does: in the first epoch only the connectors learn,
 and then only the student; attention to channels never does; the teacher's norms
@@ -48,7 +49,7 @@ def get_config(arg=None):
   if arg.distiller != 'none':
     _taught(config, arg, attention, released)
   if not released:
-    config.loss.divided, config.dense.recipe = False, 'attnfd_cityscapes'
+    config.loss.divided, config.dense.recipe = False, 'attnfd_void'
   if arg.data == 'synthetic':
     small = {'resnet18': 'resnet_tiny'}.get(arg.backbone, arg.backbone)
     common.small_deeplab(config.model, small)

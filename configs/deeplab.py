@@ -3,10 +3,11 @@
     python -m distillfss_jax.main --config configs/deeplab.py:data=synthetic,backbone=resnet101 --workdir runs/teacher
 
 Its folder is then a teacher for configs/attnfd.py. Arguments after the colon:
-data=voc|cityscapes|camvid|synthetic, backbone=resnet101|resnet18|mobilenet_v2,
+data=pascal|cityscapes|camvid|synthetic, backbone=resnet101|resnet18|mobilenet_v2,
 attention=none|learned (maps for AttnFD beside the answer), recipe=released|
-repaired, select=validation|test (what checkpoints are
-chosen on; the originals do it on test images), seed=N, smoke.
+repaired, train=voc|aug (1464 images of
+pascal, or 10582 with SBD), select=validation|test (what checkpoints are chosen
+on; the originals do it on test images), seed=N, smoke.
 
 The settings are AttnFD's: SGD, poly, 513 pixels, six images, the decoder at ten
 times the backbone's rate, cross-entropy divided by the batch. Those of CamVid
@@ -31,7 +32,7 @@ def get_config(arg=None):
   common.deeplab(config.model, arg.backbone, attention=arg.attention)
   common.of_streets(config, arg)
   if arg.recipe == 'repaired':
-    config.loss.divided, config.dense.recipe = False, 'attnfd_cityscapes'
+    config.loss.divided, config.dense.recipe = False, 'attnfd_void'
   if arg.data == 'synthetic':
     small = {'resnet101': 'resnet_small', 'resnet18': 'resnet_tiny'}
     common.small_deeplab(config.model, small.get(arg.backbone, arg.backbone))

@@ -205,8 +205,9 @@ def _sets(product):
   """{name: (images, labels)} to score on, at the model's size."""
   data, size = product.data, product.config.data.image_size
   test = [data.dataset.test[i] for i in range(data.size)]
+  support = getattr(data, 'support', None)
   return {
-    'support': (data.support.images, data.support.labels),
+    **({'support': (support.images, support.labels)} if support else {}),
     'test': (
       [transforms.resize_image(x['image'], size) for x in test],
       [transforms.resize_label(x['label'], size) for x in test],

@@ -199,7 +199,7 @@ def test_kdas_trains_each_batch_at_three_sizes():
 
 def test_partition_of_the_released_optimiser():
   """11,176,612 parameters at the rate, 5,431,869 at ten times it."""
-  config = configs.load(f'{ROOT}/configs/attnfd.py:data=voc')
+  config = configs.load(f'{ROOT}/configs/attnfd.py:data=pascal')
   system, draw = systems.build(config, 20)
   shapes = params.shapes(jax.eval_shape(draw))
   counts = {1.0: 0, 10.0: 0}

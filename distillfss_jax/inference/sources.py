@@ -14,9 +14,10 @@ from distillfss_jax.exporting import onnx, stablehlo
 from distillfss_jax.inference.segmenter import Segmenter
 from distillfss_jax.pretrained import weights
 from distillfss_jax.systems.base import masks_of
-from distillfss_jax.tasks import adaptation, base
+from distillfss_jax.tasks import adaptation, base, dense
 from distillfss_jax.types import Support
 
+_TASKS = {'adaptation': adaptation.Data, 'dense': dense.Data}
 _TINY = 1e-37  # a probability whose logarithm float32 still has
 
 
@@ -24,9 +25,10 @@ def load(source: str | os.PathLike, *, batch_size: int = 0) -> Segmenter:
   """The segmenter that a run has trained, or that `export` has written.
 
   Args:
-    source: the folder of a finished run that adapted to a support set, or a
-      file that was exported from one. A run whose product is a student needs
-      nothing but its folder; a teacher also reads its support from the dataset.
+    source: the folder of a finished run that adapted to a support set or was
+      trained densely, or a file that was exported from one. A run whose
+      product is a student needs nothing but its folder; a teacher also reads
+      its support from the dataset.
     batch_size: parts of an image that are answered at once; 0 chooses.
 
   Raises:
@@ -45,7 +47,7 @@ def load(source: str | os.PathLike, *, batch_size: int = 0) -> Segmenter:
 
 
 class Run:
-  """A finished run of an adaptation.
+  """A finished run of an adaptation, or of dense training.
 
   Attributes:
     folder: of the run.
@@ -66,10 +68,11 @@ class Run:
     weights.description(folder)  # says what a folder of no run lacks
     self.folder = folder
     self.config = configs.restored(folder / 'config.json')
-    if self.config.task != 'adaptation':
+    if self.config.task not in _TASKS:
       raise ValueError(
         f'{folder} is a run of the task {self.config.task!r}: only one that '
-        'adapted to a support set has classes of its own to predict'
+        'adapted to a support set, or was trained densely, has classes of its '
+        'own to predict'
       )
     if not (folder / 'results.json').is_file():
       raise ValueError(
@@ -92,15 +95,15 @@ class Run:
     )
 
   @property
-  def data(self) -> adaptation.Data:
-    """The dataset and the support of the run, which must be what they were."""
+  def data(self) -> base.Data:
+    """The dataset of the run, with its support, which must be what it was."""
     if self._data is None:
-      self._data = adaptation.Data(self.config)
+      self._data = _TASKS[self.config.task](self.config)
       ids = files.read_json(self.folder / 'ids.json')
       if ids['digest'] != self._data.ids()['digest']:
         raise ValueError(
           f'the dataset {self.config.data.name} is not what {self.folder} was '
-          'adapted to: prepare it as it was'
+          'trained on: prepare it as it was'
         )
     return self._data
 
@@ -114,7 +117,7 @@ class Run:
     # An older version wrote down neither classes nor colours.
     dataset = datasets.load(self.config.data.name, **self.config.data.args)
     index = {id_: i for i, id_ in enumerate(dataset.train.ids)}
-    rows = [index[id_] for id_ in ids['support'] if id_ in index]
+    rows = [index[id_] for id_ in ids.get('support', ()) if id_ in index]
     self.classes = tuple(dataset.classes)
     self.palette = tuple(tuple(map(int, x)) for x in dataset.palette)
     self.sizes = np.asarray(dataset.train.sizes)[rows or slice(None)]

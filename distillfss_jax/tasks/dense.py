@@ -98,7 +98,19 @@ class Data(base.Data):
     }
     found = {name: list(x.ids) for name, x in parts.items()}
     digests = [getattr(x, 'digests', None) for x in parts.values()]
-    return {**found, 'digest': base.digest_of(found, digests)}
+    return {
+      **found,
+      'sizes': _few(self.train.sizes),
+      'classes': list(self.classes),
+      'palette': [[int(x) for x in row] for row in self.dataset.palette],
+      'digest': base.digest_of(found, digests),
+    }
+
+
+def _few(sizes):
+  """Some of many images' rows and columns, evenly spaced."""
+  step = max(len(sizes) // 32, 1)
+  return [[int(x) for x in row] for row in sizes[::step]]
 
 
 def _check_tests(config, data):
