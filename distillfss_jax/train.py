@@ -486,9 +486,6 @@ def score_table(results: dict) -> str:
   """The scores of a finished run, for the terminal."""
   evaluations = results.get('evaluations') or _EVALUATIONS
   references, first = results['references'], next(iter(evaluations))
-  columns = {}
-  for protocol in evaluations.values():
-    columns |= protocol['columns']
   rows = [
     (role, name, numbers)
     for name in evaluations
@@ -505,17 +502,35 @@ def score_table(results: dict) -> str:
   ):
     if name in references:
       rows.append((said, first, references[name]))
-  table = results_lib.table(
-    [
-      (who, where, *(numbers.get(name) for name in columns))
-      for who, where, numbers in rows
-    ],
-    ('', 'scored', *columns.values()),
-  )
+  tables = [
+    results_lib.table(
+      [
+        (who, where, *map(numbers.get, columns))
+        for who, where, numbers in rows
+        if where in names
+      ],
+      ('', 'scored', *columns.values()),
+    )
+    for columns, names in _alike(evaluations)
+  ]
   said = [
     f'{name}: {x["says"]}' for name, x in evaluations.items() if x['says']
   ]
-  return '\n'.join([table, *said, *results.get('notes', ())])
+  return '\n'.join(['\n\n'.join(tables), *said, *results.get('notes', ())])
+
+
+def _alike(evaluations):
+  """(columns, names) of evaluations that share some column: tables."""
+  found = []
+  for name, x in evaluations.items():
+    for columns, names in found:
+      if columns.keys() & x['columns'].keys():
+        columns |= x['columns']
+        names.append(name)
+        break
+    else:
+      found.append((dict(x['columns']), [name]))
+  return found
 
 
 # Of results that an older version wrote.

@@ -168,6 +168,12 @@ def test_evaluations_are_named(asked, tmp_path):
   table = train.score_table(results)
   for name in names:
     assert f'{name}: ' in table
+  # Of what has no column in common, a table each.
+  heads = [x for x in table.splitlines() if '  scored  ' in x]
+  assert len(heads) == 1 + asked
+  assert [('mIoU' in x, 'mean Dice' in x) for x in heads] == [
+    (True, False), (False, True),
+  ][: 1 + asked]  # fmt: skip
   if asked:
     # Of square images both are the same.
     student = results['test_short_side']['student']

@@ -231,6 +231,8 @@ def test_sets_masks_and_their_table(tmp_path):
   assert [x.name for x in found.protocols] == [
     'test', 'test_saliency', 'test_saliency/a', 'test_saliency/b',
   ]  # fmt: skip
+  assert 'mean of 2 test sets' in found.protocols[1].says
+  assert 'test sets' not in found.protocols[2].says
   assert found.images == 4
   curves, dices = [], []
   for i, place in enumerate(['a/1', 'b/x/1', 'a/2']):

@@ -10,6 +10,7 @@ sets, means weighted by their images.
 import collections
 import concurrent.futures
 import csv
+import dataclasses
 import functools
 import io
 import os
@@ -180,8 +181,12 @@ class Saliency(base.Beside):
       for set_, indices in (self._sets or {'': whole}).items()
     }
     # One set is the whole.
-    [first, *more] = found.values()
-    return base.over_sets(found) if more else first
+    if len(found) == 1:
+      return next(iter(found.values()))
+    whole, *others = (made := base.over_sets(found)).protocols
+    says = f'{whole.says}; the mean of {len(found)} test sets by their images'
+    whole = dataclasses.replace(whole, says=says)
+    return dataclasses.replace(made, protocols=(whole, *others))
 
   def _means(self, numbers, curves, indices):
     means = dict(zip(_NUMBERS, numbers[indices].mean(0), strict=True))
