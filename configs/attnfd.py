@@ -5,8 +5,8 @@
 The teacher is a run of configs/deeplab.py, or a file of the original. Arguments
 after the colon: data=pascal|cityscapes|camvid|synthetic, teacher=<run or file>,
 distiller=attnfd|none|kd|overhaul|dist|cirkd|ad|sp|ickd|aicsd|lad,
-backbone=resnet18|mobilenet_v2 of the student, teacher_backbone=resnet101|
-resnet18, recipe=released|repaired, train=voc|aug (1464 images of
+backbone=resnet18|mobilenet_v2|lite0 of the student, teacher_backbone=resnet101|
+resnet18|lite0, recipe=released|repaired, train=voc|aug (1464 images of
 pascal, or 10582 with SBD), select=validation|test (what checkpoints are chosen
 on; the originals do it on test images), seed=N, smoke.
 
@@ -34,8 +34,8 @@ def get_config(arg=None):
     **common.DENSE,
     distiller=DISTILLERS,
     teacher=str,
-    backbone=('resnet18', 'mobilenet_v2'),
-    teacher_backbone=('resnet101', 'resnet18'),
+    backbone=('resnet18', 'mobilenet_v2', 'lite0'),
+    teacher_backbone=('resnet101', 'resnet18', 'lite0'),
     recipe=('released', 'repaired'),
   )
   released = arg.recipe == 'released'

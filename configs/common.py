@@ -165,6 +165,8 @@ def deeplab(model: ConfigDict, backbone: str, *, attention: str) -> None:
   model.backbone.fields = ConfigDict({'output_stride': 16})
   if backbone == 'resnet101':
     model.backbone.fields.multi_grid = (1, 2, 4)
+  elif backbone == 'lite0' and 'init' in model.backbone:
+    model.backbone.init = 'lite0'  # which pip has brought
 
 
 def _chosen(config: ConfigDict, arg: types.SimpleNamespace) -> None:
@@ -278,7 +280,7 @@ def dense_done(config: ConfigDict, arg: types.SimpleNamespace) -> ConfigDict:
     smoke(config)
     config.data.workers, config.epochs, config.eval.epochs = 0, 0.0, 0.0
     config.eval.keep_best = False
-    config.dense.batch_size = 2
+    config.dense.batch_size, config.model.backbone.init = 2, ''
     if config.teacher.name:
       config.teacher.backbone.name = config.model.backbone.name
       config.teacher.backbone.fields = config.model.backbone.fields

@@ -3,7 +3,8 @@
     python -m distillfss_jax.main --config configs/deeplab.py:data=synthetic,backbone=resnet101 --workdir runs/teacher
 
 Its folder is then a teacher for configs/attnfd.py. Arguments after the colon:
-data=pascal|cityscapes|camvid|synthetic, backbone=resnet101|resnet18|mobilenet_v2,
+data=pascal|cityscapes|camvid|synthetic, backbone=resnet101|resnet18|mobilenet_v2|
+lite0 (ours: EfficientNet-Lite0 with the ImageNet weights that pip brings),
 attention=none|learned (maps for AttnFD beside the answer), recipe=released|
 repaired, train=voc|aug (1464 images of
 pascal, or 10582 with SBD), select=validation|test (what checkpoints are chosen
@@ -23,7 +24,7 @@ def get_config(arg=None):
   arg = common.parse(
     arg,
     **common.DENSE,
-    backbone=('resnet101', 'resnet18', 'mobilenet_v2'),
+    backbone=('resnet101', 'resnet18', 'mobilenet_v2', 'lite0'),
     attention=('none', 'learned'),
     recipe=('released', 'repaired'),
   )

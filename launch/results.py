@@ -51,6 +51,9 @@ def kind_of(config: dict) -> tuple[str, str]:
   """What is trained; where nothing is, the model that is tested as it is."""
   if config.get('steps') == 0 and not config.get('epochs'):
     return config['model.name'], ''
+  if 'distiller.name' in config:  # a row of a table of distillers
+    name = config['distiller.name']
+    return ('no distiller' if name == 'none' else name), 'full'
   distills = config['system'] == 'distillfss'
   return config['system'], config['student'] if distills else ''
 

@@ -888,3 +888,16 @@ def test_the_command_of_a_run_without_a_support(tmp_path):
   assert stem == 'pspnet'
   assert 'seed=1' in arg
   assert overrides['dense.held_out'] == '0.1'
+
+
+@pytest.mark.parametrize(
+  ('distiller', 'role', 'says'),
+  [
+    ('kd', 'student', 'kd'),
+    ('kd', 'teacher', 'kd teacher'),
+    ('none', 'student', 'no distiller'),
+  ],
+)
+def test_a_distiller_is_a_row(distiller, role, says):
+  config = {'system': 'segmentation', 'distiller.name': distiller, 'steps': 9}
+  assert results.method(results.kind_of(config), role) == says

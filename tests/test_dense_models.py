@@ -184,6 +184,30 @@ def test_a_deeplab_has_the_originals_size(shared, name):
   assert params.count(nnx.state(module, nnx.Param)) == count
 
 
+def test_a_deeplab_on_lite0_keeps_stride_16():
+  def make():
+    backbone = backbones.build(
+      'lite0', image_size=513, rngs=nnx.Rngs(0), output_stride=16
+    )
+    return deeplab.DeepLab(backbone, 12, width=16, rngs=nnx.Rngs(0))
+
+  module = nnx.eval_shape(make)
+  graph, state = nnx.split(module)
+  found = jax.eval_shape(
+    lambda state, x: nnx.merge(graph, state).answer(x),
+    state,
+    jax.ShapeDtypeStruct((2, 97, 129, 3), jnp.uint8),
+  )
+  assert found.logits.shape == (2, 97, 129, 12)
+  for name, (channels, norm) in module.features.items():
+    assert found.features[name].shape[-1] == channels, name
+    assert norm.scale.shape == (channels,), name
+  assert found.features['stage4'].shape[1:3] == (7, 9)
+  assert [x.depthwise.conv.dilation for x in module.backbone.blocks][-5:] == [
+    2, 2, 2, 2, 2,
+  ]  # fmt: skip
+
+
 def plain_gmac(monkeypatch, module, size):
   """Of a module's answer without our short cuts: what others count."""
   images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)

@@ -19,6 +19,7 @@ from flax import nnx
 
 from distillfss_jax import layers
 from distillfss_jax.backbones import base
+from distillfss_jax.layers import Normalise, by_running
 from distillfss_jax.types import Array
 
 EPSILON = 1e-3
@@ -135,26 +136,29 @@ class Unit(nnx.Module):
     self.bn = layers.BatchNorm(outputs, epsilon=EPSILON, momentum=MOMENTUM)
     self.active = active
 
-  def __call__(self, x: Array) -> Array:
-    x = self.bn(self.conv(x))
+  def __call__(self, x: Array, normalise: Normalise = by_running) -> Array:
+    x = normalise(self.bn, self.conv(x))
     return nnx.relu6(x) if self.active else x
 
 
 class Block(nnx.Module):
   """An inverted residual: widen, filter each channel, narrow."""
 
-  def __init__(self, inputs, outputs, size, *, stride, factor, rngs):
+  def __init__(
+    self, inputs, outputs, size, *, stride, factor, dilation=1, rngs
+  ):
     inner = factor * inputs
     self.expand = Unit(inputs, inner, 1, rngs=rngs) if factor > 1 else None
     self.depthwise = Unit(
-      inner, inner, size, stride=stride, groups=inner, rngs=rngs
-    )
+      inner, inner, size, stride=stride, dilation=dilation, groups=inner,
+      rngs=rngs,
+    )  # fmt: skip
     self.project = Unit(inner, outputs, 1, active=False, rngs=rngs)
     self.residual = stride == 1 and inputs == outputs
 
-  def __call__(self, x: Array) -> Array:
-    y = x if self.expand is None else self.expand(x)
-    y = self.project(self.depthwise(y))
+  def __call__(self, x: Array, normalise: Normalise = by_running) -> Array:
+    y = x if self.expand is None else self.expand(x, normalise)
+    y = self.project(self.depthwise(y, normalise), normalise)
     return x + y if self.residual else y
 
 
@@ -170,6 +174,8 @@ class EfficientNetLite(base.Backbone):
     depth: factor of the numbers of blocks.
     finest: stride of the pyramid's first stage: 4, as that of the papers'
       backbones, or 2, which adds a stage for decoders that go down to it.
+    output_stride: 32, 16 or 8: blocks that would go beyond it keep the size and
+      dilate instead (DeepLabv3+, 1802.02611).
     rngs: of the initialisation.
 
   Attributes:
@@ -179,29 +185,39 @@ class EfficientNetLite(base.Backbone):
     strides: pixels per feature, of each stage.
 
   Raises:
-    ValueError: `finest` is neither 2 nor 4.
+    ValueError: `finest` or `output_stride` is none of these.
   """
 
   # (v - 127) / 128 of v in 0..255: its own, not ImageNet's.
   mean = np.full(3, 127 / 255, np.float32)
   std = np.full(3, 128 / 255, np.float32)
 
-  def __init__(self, *, width=1.0, depth=1.0, finest=4, rngs):
+  def __init__(self, *, width=1.0, depth=1.0, finest=4, output_stride=32, rngs):
     if finest not in (2, 4):
       raise ValueError(f'finest is {finest}; the pyramid begins at 2 or 4')
+    if output_stride not in (8, 16, 32):
+      raise ValueError(
+        f'an EfficientNet-Lite has no output_stride {output_stride!r}; there '
+        'are: 8, 16, 32'
+      )
     channels, blocks = scaled(width, depth)
     self.repeats = blocks
     first = 0 if finest == 2 else 1
     groups = _STRIDES[first:]
     self.depths = tuple(sum(blocks[i] for i in group) for group in groups)
     self.channels = tuple(channels[group[-1]] for group in groups)
-    self.strides = tuple(2 ** (first + 1 + i) for i in range(len(groups)))
+    self.strides = tuple(
+      min(2 ** (first + 1 + i), output_stride) for i in range(len(groups))
+    )
     self.stem = Unit(3, STEM, 3, stride=2, rngs=rngs)
     self.blocks = nnx.List()
-    inputs = STEM
+    inputs, at, dilation = STEM, 2, 1
     for (size, stride, factor, _, _), outputs, count in zip(
       _STAGES, channels, blocks, strict=True
     ):
+      if at * stride > output_stride:
+        stride, dilation = 1, dilation * stride
+      at *= stride
       for j in range(count):
         self.blocks.append(
           Block(
@@ -210,6 +226,7 @@ class EfficientNetLite(base.Backbone):
             size,
             stride=1 if j else stride,
             factor=factor,
+            dilation=dilation,
             rngs=rngs,
           )
         )
@@ -243,14 +260,32 @@ class EfficientNetLite(base.Backbone):
     nothing: blocks are dropped in pre-training only.
     """
     del train, key
-    x = self.stem(images)
+    return tuple(base.stack(maps) for maps in self._maps(images, by_running))
+
+  def _maps(self, images, normalise):
+    """The maps of each stage of the pyramid."""
+    x = self.stem(images, normalise)
     maps = []
     for block in self.blocks:
-      x = block(x)
+      x = block(x, normalise)
       maps.append(x)
     maps = maps[len(maps) - sum(self.depths) :]
     ends = np.cumsum((0, *self.depths)).tolist()
-    return tuple(base.stack(maps[i:j]) for i, j in itertools.pairwise(ends))
+    return [maps[i:j] for i, j in itertools.pairwise(ends)]
+
+  def features(
+    self, images: Array, normalise: Normalise = by_running
+  ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """See `base.Staged`; a block's result has no activation to be before."""
+    maps = tuple(x[-1] for x in self._maps(images, normalise))
+    return maps, maps
+
+  def compared(self) -> tuple[tuple[int, layers.BatchNorm], ...]:
+    """See `base.Staged`."""
+    before = len(self.blocks) - sum(self.depths)
+    ends = before + np.cumsum(self.depths) - 1
+    norms = [self.blocks[i].project.bn for i in ends]
+    return tuple(zip(self.channels, norms, strict=True))
 
 
 variants = {

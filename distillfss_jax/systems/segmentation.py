@@ -15,6 +15,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from distillfss_jax import distillers, models
 from distillfss_jax.models import base as model_base
@@ -82,6 +83,11 @@ class Segmentation(base.System):
     ]
     if self.teacher is not None:
       init = config.teacher.init
+      if not init:
+        logging.warning(
+          'the teacher is random: give --config.teacher.init=<run or file>, or '
+          'teacher= after the colon'
+        )
       is_run = bool(init) and pathlib.Path(init).expanduser().is_dir()
       found.append(
         weights.Source(
