@@ -37,7 +37,7 @@ FLOORS = {
   **dict.fromkeys(('types', 'files'), 0),
   **dict.fromkeys(('config', 'exporting', 'ops', 'params', 'parallel'), 1),
   **dict.fromkeys(('layers', 'data', 'optim', 'workdir', 'feeding'), 2),
-  **dict.fromkeys(('backbones', 'datasets', 'pretrained'), 3),
+  **dict.fromkeys(('backbones', 'datasets', 'distillers', 'pretrained'), 3),
   'models': 4,
   'systems': 5,
   **dict.fromkeys(('train_step', 'evaluators'), 6),

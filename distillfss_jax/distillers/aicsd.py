@@ -19,7 +19,7 @@ of its command (9500, and 10 with KD's mean over all elements).
 import jax
 import jax.numpy as jnp
 
-from distillfss_jax.distillers import base, kd
+from distillfss_jax.distillers import base
 from distillfss_jax.ops import together
 
 
@@ -43,7 +43,7 @@ class AICSD(base.Distiller):
     else:
       t, s = (pairs(x.logits) for x in (taught, learnt))
       each = jnp.square(t - s).mean((1, 2))
-    soft = kd.kl(taught.logits, learnt.logits) / t.shape[-1]
+    soft = base.kl(taught.logits, learnt.logits) / t.shape[-1]
     return base.Terms(
       {'classes': self.weight * each, 'logits': self.logits * soft}
     )

@@ -146,3 +146,15 @@ def unit(x: Array, axis=-1) -> Array:
   square = jnp.square(x).sum(axis, keepdims=True)
   some = square > 0  # the root of 0 has no gradient
   return x * jnp.where(some, jax.lax.rsqrt(jnp.where(some, square, 1)), 0)
+
+
+def kl(taught: Array, learnt: Array, temperature: float = 1.0) -> Array:
+  """T^2 KL of class probabilities at a temperature T, mean over pixels, [b].
+
+  Args:
+    taught: logits [b, h, w, c].
+    learnt: the same shape.
+    temperature: T.
+  """
+  t, s = (jax.nn.log_softmax(x / temperature) for x in (taught, learnt))
+  return temperature**2 * (jnp.exp(t) * (t - s)).sum(-1).mean((1, 2))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from distillfss_jax import layers
-from distillfss_jax.distillers import base, kd
+from distillfss_jax.distillers import base
 from distillfss_jax.ops import resize, together
 from distillfss_jax.types import VOID
 
@@ -99,7 +99,7 @@ class CIRKD(base.Distiller):
     key = _key_of_step(items)
     keys = jax.random.split(key, 3)
     terms = {
-      'logits': logits * kd.kl(taught.logits, learnt.logits),
+      'logits': logits * base.kl(taught.logits, learnt.logits),
       'batch': batch * within,
       'pixels': pixels
       * self._to_queue(t, s, small, self.pixels, self.drawn[0], keys[0], items),

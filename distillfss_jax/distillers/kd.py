@@ -7,9 +7,6 @@ CIRKD's. Parity: `mean='elements'` is AICSD's, which also divides by the number
 of classes; its commands multiply it by 10.
 """
 
-import jax
-import jax.numpy as jnp
-
 from distillfss_jax.distillers import base
 
 MEANS = ('pixels', 'elements')
@@ -33,16 +30,10 @@ class KD(base.Distiller):
     self.weight, self.temperature, self.mean = weight, temperature, mean
 
   def __call__(self, taught, learnt, labels, items, teacher):
-    each = kl(taught.logits, learnt.logits, self.temperature)
+    each = base.kl(taught.logits, learnt.logits, self.temperature)
     if self.mean == 'elements':
       each = each / taught.logits.shape[-1]
     return base.Terms({'logits': self.weight * each})
-
-
-def kl(taught, learnt, temperature=1.0):
-  """T^2 KL of logits [b, h, w, c], mean over pixels, [b]."""
-  t, s = (jax.nn.log_softmax(x / temperature) for x in (taught, learnt))
-  return temperature**2 * (jnp.exp(t) * (t - s)).sum(-1).mean((1, 2))
 
 
 def build(teacher, student, rngs, **fields):
