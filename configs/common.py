@@ -160,7 +160,10 @@ def segmentation(config: ConfigDict) -> ConfigDict:
 def deeplab(model: ConfigDict, backbone: str, *, attention: str) -> None:
   """Sets DeepLabv3+ at output stride 16, as AttnFD has it."""
   model.name = 'deeplab'
-  model.fields = ConfigDict({'attention': attention})
+  model.fields = ConfigDict()
+  model.fields.width = 256  # of the pooled and of the decoded maps
+  model.fields.dropout = (0.5, 0.5, 0.1)  # after ASPP, and in the decoder
+  model.fields.attention = attention  # none | learned | free
   model.backbone.name = backbone
   model.backbone.fields = ConfigDict({'output_stride': 16})
   if backbone == 'resnet101':
