@@ -83,7 +83,6 @@ def get_config() -> ConfigDict:
   # even (the reference's) | random | per_class | per_class_reference | listed
   config.support.rule = 'even'
   config.support.ids = ()  # of the listed rule, ids of training images
-  config.support.seed = 0  # of the random rule
 
   config.episodes = ConfigDict()
   config.episodes.kind = 'leave_one_out'  # | paired | random
@@ -129,8 +128,17 @@ def source(config: ConfigDict) -> ConfigDict:
   config.task = 'source'
   config.support = ConfigDict()
   config.support.shots = 1  # of an episode
+  config.support.seed = 0  # of shots that are drawn once
   config.source = ConfigDict()
-  config.source.rule = 'pair'  # how episodes are found: pair | image | class
+  # How episodes are found: pair | image | class | random, or with a query that
+  # is one of the shots: shot | shot_of_pair.
+  config.source.rule = 'pair'
+  config.source.pairs = 0  # of shot_of_pair, how many it takes; 0 for all
+  config.source.parts = ('train', 'test')  # of the data
+  config.source.test_data = ''  # a dataset that is tested in place of data.name
+  # apart: of other classes | released: adapts on what is tested | fixed: each
+  # class has the same shots always, which are not tested.
+  config.source.protocol = 'apart'
   config.source.recipe = 'none'  # augmentation of the query, see augment.py
   config.source.support_recipe = 'none'
   config.source.batch_size = 2  # episodes of a step, over all processes
@@ -140,6 +148,10 @@ def source(config: ConfigDict) -> ConfigDict:
   config.source.test_seeds = ()  # more of them: the mean and the deviation
   config.source.test_recipe = 'none'  # | stretch | fit: how images are resized
   config.source.test_exact = False  # undone exactly; else as the originals do
+  config.source.metric = 'class_miou'  # | fb_iou | reference_batch: what counts
+  config.source.reference_batch = 0  # also as IFA's code counts so many at once
+  config.source.reference_classes = 0  # of its matrix; 0 for as many as tested
+  config.source.chosen_by = 'test'  # | leave_one_out: among the shots
   config.source.generalised = 0  # episodes of any query, beside base classes
   config.source.prior = False  # also score BAM's prior mask, without learning
   return config
