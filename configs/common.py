@@ -158,8 +158,14 @@ def source(config: ConfigDict) -> ConfigDict:
 
 
 RECIPES = ('paper', 'ours', 'unet')
-# Methods that are tested as they are: nothing adapts.
-BASELINES = ('bam', 'hdmnet')
+# Methods that are tested as they are: nothing adapts. For each its model, its
+# backbone, the side of its images, and what trains where something does.
+BASELINES = {
+  'bam': ('bam', 'resnet50_deep', 641, 'meta'),
+  'hdmnet': ('hdmnet', 'resnet50_deep', 641, 'meta'),
+  'ifa': ('ssp', 'resnet50_ssp', 400, 'convolutions'),
+}
+ANY_SHOTS = ('ifa',)  # of these, whose models take any number at once
 
 ARGUMENTS = {
   'method': ('distill', 'transfer', *BASELINES),
@@ -231,6 +237,11 @@ def benchmark(
       config.optim.trainable = ('.*',)
       config.optim.groups = ((r'model/backbone/.*', 0.25, None, '', ''),)
     return config, arg
+  if 'model_shots' in given and {arg.method, arg.teacher} & set(ANY_SHOTS):
+    raise ValueError(
+      f'model_shots={arg.model_shots} is of bam and hdmnet; the model of '
+      f'{", ".join(ANY_SHOTS)} takes all shots at once'
+    )
   if arg.method == 'transfer':
     config.system = 'transferfss'
     config.steps = transfer_steps or steps
@@ -283,11 +294,12 @@ def few_views(config: ConfigDict, *, look: str) -> None:
 
 
 def baseline(config: ConfigDict, name: str, shots: int) -> None:
-  """Sets a method of another paper, as trained on COCO-20i, and no training.
+  """Sets a method of another paper, as trained on its source, and no training.
 
-  Whatever `support.shots` is, its model takes `shots` at once: they are
-  answered in rounds, the last of which repeats its last shot, and the largest
-  answer of all rounds counts. With steps it is TransferFSS of that method.
+  Whatever `support.shots` is, its model takes `shots` at once, if not any: they
+  are answered in rounds, the last of which repeats its last shot, and the
+  largest answer of all rounds counts. With steps it is TransferFSS of that
+  method.
 
   Args:
     config: to be changed.
@@ -295,12 +307,14 @@ def baseline(config: ConfigDict, name: str, shots: int) -> None:
     shots: of the model.
   """
   config.system, config.steps = 'transferfss', 0
-  config.model.name = name
+  config.model.name, backbone, side, trains = BASELINES[name]
+  fields = {'shot_major': False}
+  if name not in ANY_SHOTS:
+    fields = {'classes': 61, 'shots': shots}
   with config.unlocked():
-    config.model.fields = ConfigDict({'classes': 61, 'shots': shots})
-  config.model.backbone.name = 'resnet50_deep'
-  config.optim.trainable = ('meta',)
-  config.data.image_size = 641
+    config.model.fields = ConfigDict(fields)
+  config.model.backbone.name, config.data.image_size = backbone, side
+  config.optim.trainable = (trains,)
 
 
 def taught(config: ConfigDict, name: str, shots: int) -> None:
@@ -314,9 +328,10 @@ def taught(config: ConfigDict, name: str, shots: int) -> None:
   system, steps = config.system, config.steps
   baseline(config, name, shots)
   config.system, config.steps = system, steps
-  config.episodes.subsample = min(config.episodes.subsample or shots, shots)
+  if name not in ANY_SHOTS:
+    config.episodes.subsample = min(config.episodes.subsample or shots, shots)
   if system == 'distillfss':
-    config.optim.trainable = ('meta', 'student')
+    config.optim.trainable = (*config.optim.trainable, 'student')
 
 
 FOLDS = {
@@ -400,7 +415,12 @@ def drawn(config: ConfigDict) -> None:
     config.optim.trainable = (*config.optim.trainable, 'backbone')
 
 
-SMALL = {'resnet50_deep': 'resnet_tiny_deep', 'vgg16': 'vgg_tiny'}
+SMALL = {
+  'resnet50_deep': 'resnet_tiny_deep',
+  'resnet50_ssp': 'resnet_tiny_ssp',
+  'resnet101_ssp': 'resnet_tiny_ssp',
+  'vgg16': 'vgg_tiny',
+}
 
 
 def grid(shots: tuple[int, ...], **more: tuple):

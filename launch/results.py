@@ -11,12 +11,15 @@ from distillfss_jax import files
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 AVERAGED = ('seed', 'support.seed')  # what a mean is taken over
 SYSTEMS = {'DistillFSS': 'distillfss', 'TransferFSS': 'transferfss'}
-MODELS = {'BAM': 'bam', 'HDMNet': 'hdmnet', 'DCAMA': 'dcama'}
+MODELS = {'BAM': 'bam', 'HDMNet': 'hdmnet', 'DCAMA': 'dcama', 'IFA': 'ifa',
+          'SSP': 'ssp'}  # fmt: skip
 NEEDED = {
   'name': str, 'system': str, 'student': str, 'seed': int, 'data.name': str,
   'model.backbone.name': str, 'support.shots': int, 'support.rule': str,
   'support.seed': int,
 }  # fmt: skip
+# What runs have whose shots are drawn of a source, and have no student.
+SOURCE = {'student': '', 'support.rule': 'drawn', 'support.seed': 0}
 # Of a run's folder; they are large and hold no runs.
 INSIDE = ('checkpoints', 'tensorboard', 'panels')
 
@@ -107,6 +110,8 @@ def load(folder: pathlib.Path) -> Run | None:
   config = configs.saved(folder / 'config.json')
   if not done and 'system' not in config:
     return None  # converted weights also have one
+  if config.get('task') == 'source':
+    config = SOURCE | config
   for key, kind in NEEDED.items():
     if type(config.get(key)) is not kind:
       raise ValueError(

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import episodes
 import jax
@@ -11,9 +12,13 @@ import parity
 import pytest
 from flax import nnx
 
-from distillfss_jax import backbones, params
+from configs import ifa
+from distillfss_jax import backbones, optim, params, systems, train
 from distillfss_jax.models import ssp
 from distillfss_jax.ops import correlation, losses, resize
+from distillfss_jax.pretrained import weights
+from distillfss_jax.tasks import source
+from distillfss_jax.types import Episode, Items
 
 SIZE = 96
 
@@ -45,11 +50,9 @@ def golden(**fields):
   """A model with the goldens' weights, which come under their names."""
   model = build(**fields)
   names = episodes.names(model)
-  weights = {
-    name: episodes.weight(name, shape) for name, shape in names.items()
-  }
+  filled = {name: episodes.weight(name, shape) for name, shape in names.items()}
   [table] = model.torch_tables().values()
-  arrays = params.from_torch(weights, table, params.shapes(model))
+  arrays = params.from_torch(filled, table, params.shapes(model))
   params.set_params(model, arrays)
   return model
 
@@ -161,15 +164,15 @@ def test_golden_gradients(shared):
   path = shared('goldens/hdmnet_ifa_bam/train_ifa_1shot_96.json')
   wanted, model = json.loads(path.read_text()), golden()
   *given, masks, mask = inputs(1)
-  weights = np.array([1, 1, 1, 0.2, 0.4, 0.1, 0.1, 0.1, 0.1], np.float32)
+  scale = np.array([1, 1, 1, 0.2, 0.4, 0.1, 0.1, 0.1, 0.1], np.float32)
 
   def loss(model):
     each = cross_entropies(answers_of(model, *given, masks, mask), masks, mask)
-    return (weights * each).sum(), each
+    return (scale * each).sum(), each
 
   each, norms = episodes.gradient_norms(model, loss, wanted['grad_l2'])
-  assert (weights * each).sum() == pytest.approx(wanted['loss'], rel=1e-5)
-  assert (weights[:5] * each[:5]).sum() == pytest.approx(2.657618, rel=1e-5)
+  assert (scale * each).sum() == pytest.approx(wanted['loss'], rel=1e-5)
+  assert (scale[:5] * each[:5]).sum() == pytest.approx(2.657618, rel=1e-5)
   for name, norm in wanted['grad_l2'].items():
     assert norms[name] == pytest.approx(norm, rel=1e-3), name
 
@@ -291,3 +294,182 @@ def test_only_backbones_of_three_stages():
     nnx.eval_shape(
       lambda: ssp.SSP(backbones.resnet.ResNet(depths=(1, 1), rngs=nnx.Rngs(0)))
     )
+
+
+@functools.cache
+def system(shots=1, **changes):
+  """A small system with numbers, of the config that adapts on scenes."""
+  config = ifa.get_config('data=synthetic,stage=adapt,smoke')
+  config.support.shots = shots
+  config.update_from_flattened_dict(changes)
+  made, _ = systems.build(config, 1)
+  return parity.fill_randomly(made)
+
+
+def batch_of(shots, size=33):
+  """Two episodes; of each, a corner of void."""
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (2, 1 + shots, size, size, 3), np.uint8)
+  labels = np.zeros((2, 1 + shots, size, size), np.uint8)
+  for i, label in enumerate(labels.reshape(-1, size, size)):
+    label[5 + i : 20 + i, 3:22] = 1
+    label[:6, :6] = 255
+  return Episode(
+    images[:, 0], labels[:, 0], images[:, 1:], labels[:, 1:], labels[:, 0],
+    np.zeros(2, np.int32),
+  )  # fmt: skip
+
+
+@jax.jit
+def losses_of(system, batch):
+  keys = jax.random.split(jax.random.key(0), len(batch.images))
+  return system.losses((), batch, Items(keys, jnp.ones(len(keys), bool)))
+
+
+def test_nine_terms_or_five():
+  batch = batch_of(1)
+  adapts = losses_of(system(), batch)
+  learns = losses_of(system(**{'ifa.rounds': 0.0}), batch)
+  first = dict(final=1, query_1=1, query_own=1, support_own=0.2, support_1=0.4)
+  assert set(learns.parts) == set(first)
+  wanted = sum(first[k] * x for k, x in learns.parts.items())
+  np.testing.assert_allclose(learns.each, wanted, rtol=1e-5)
+  assert len(adapts.parts) == 9
+  wanted += 0.1 * sum(x for k, x in adapts.parts.items() if k not in first)
+  np.testing.assert_allclose(adapts.each, wanted, rtol=1e-4)
+  for name, x in learns.parts.items():
+    np.testing.assert_allclose(x, adapts.parts[name], rtol=1e-4)
+
+
+def test_void_is_background_or_counts_nowhere():
+  batch = batch_of(1)
+  painted = jax.tree.map(lambda x: x, batch)
+  painted = painted.replace(
+    labels=np.where(batch.labels == 255, 0, batch.labels),
+    support_labels=np.where(
+      batch.support_labels == 255, 0, batch.support_labels
+    ),
+  )
+  counted, same, left_out = (
+    losses_of(system(**{'ifa.void': void}), x).each
+    for void, x in ((False, batch), (False, painted), (True, batch))
+  )
+  np.testing.assert_allclose(counted, same, rtol=1e-6)
+  assert np.abs(counted - left_out).min() > 1e-4
+
+
+def test_released_order_mixes_episodes():
+  """Parity: so that they have to be taken together, and only of many shots."""
+  batch = batch_of(2)
+  mixed = system(shots=2, **{'model.fields.shot_major': True})
+  assert mixed.coupled
+  assert not system(shots=2).coupled
+  assert not system(**{'model.fields.shot_major': True}).coupled
+  apart, mixed = (losses_of(x, batch).parts for x in (system(shots=2), mixed))
+  for name, x in apart.items():
+    same = np.allclose(x, mixed[name], rtol=1e-4)
+    first = name in ('final', 'query_1', 'query_own', 'support_own')
+    assert same == first, name
+
+
+def test_only_convolutions_of_two_stages_move():
+  paths = set(params.shapes(nnx.state(system(), nnx.Param)))
+  moved = system().trains
+  assert moved == {
+    x for x in paths if re.match(r'teacher/backbone/layer[23]/', x)
+    and x.endswith('/kernel')
+  }  # fmt: skip
+  whole, _ = systems.build(ifa.get_config('stage=adapt'), 1)
+  shapes = params.shapes(whole)
+  assert sum(np.prod(shapes[x]) for x in whole.trains) == 8_290_304
+
+
+@pytest.mark.parametrize(
+  'protocol', ['fixed', pytest.param('released', marks=pytest.mark.slow)]
+)
+def test_a_run_adapts(tmp_path, protocol):
+  """Whole, in small: what it says, what it saw, what it moved."""
+  config = ifa.get_config(
+    f'data=synthetic,stage=adapt,shots=2,protocol={protocol},smoke'
+  )
+  config.steps, config.eval.panels = 2, 0
+  config.data.args.update(num_test=24)
+  if protocol == 'fixed':
+    config.eval.every, config.eval.keep_best = 1, True
+  results = train.run(config, tmp_path / 'run')
+  for name in ('test', 'reference_batch'):
+    assert f'protocol {protocol}' in results['evaluations'][name]['says']
+  assert results['references']['untrained']['teacher']['miou'] is not None
+  ids = json.loads((tmp_path / 'run/ids.json').read_text())
+  supports = ids.get('support', {})
+  if protocol == 'fixed':
+    assert results['checkpoint']['chosen_on'] == 'leave_one_out'
+    for row in ids['test']:
+      assert row['support'] == supports[row['class']]
+    known = {x for row in supports.values() for x in row}
+    assert not known & {row['query'] for row in ids['test']}
+  else:
+    assert not supports
+  _, draw = systems.build(config, 1)
+  before = {k: np.asarray(x) for k, x in draw().items()}
+  after = weights.from_folder(tmp_path / 'run')
+  assert set(after) == set(before)
+  for path, x in after.items():
+    trained = re.fullmatch(r'teacher/backbone/layer[23]/.*kernel', path)
+    assert bool(trained) != np.array_equal(x, before[path]), path
+
+
+def test_what_does_not_fit_is_said():
+  def data(arg='', **changes):
+    config = ifa.get_config(f'data=synthetic,smoke,{arg}')
+    config.update_from_flattened_dict(changes)
+    return source.Data(config)
+
+  adapts = 'stage=adapt,protocol=fixed'
+  with pytest.raises(ValueError, match=r'protocol is .open.; there are: apart'):
+    data(**{'source.protocol': 'open'})
+  with pytest.raises(ValueError, match="'reference_batch' needs config"):
+    data(**{'source.metric': 'reference_batch', 'source.reference_batch': 0})
+  with pytest.raises(ValueError, match="rule 'pair' takes no supports"):
+    data(adapts, **{'source.rule': 'pair'})
+  with pytest.raises(ValueError, match='of one shot none can be left out'):
+    data(adapts, **{'eval.keep_best': True})
+  with pytest.raises(
+    ValueError, match=r"take config\.source\.protocol='fixed'"
+  ):
+    data(
+      'stage=adapt',
+      **{'source.chosen_by': 'leave_one_out', 'eval.keep_best': True},
+    )
+  with pytest.raises(ValueError, match='tests the classes that it adapts to'):
+    data(adapts, **{'source.parts': ('train', 'test')})
+  with pytest.raises(
+    ValueError, match="'cityscapes' is not known; there are: deep"
+  ):
+    ifa.get_config('target=cityscapes')
+
+
+def test_settings_of_the_original():
+  """9.2 of the specification, and the switch of the early fall of the rate."""
+  for arg, batch, stairs in (
+    ('shots=1', 12, ('666', '1333')),
+    ('shots=5', 6, ('1333', '2666')),
+    ('drops=late', 12, ('6.67 epochs', '13.33 epochs')),
+  ):
+    config = ifa.get_config(arg)
+    assert config.source.batch_size == batch
+    assert config.optim.stairs == tuple((x, 0.1) for x in stairs)
+  rate = optim.schedule(ifa.get_config().optim, 22_800, 1140)
+  found = [float(rate(step)) for step in (0, 665, 667, 1332, 1334, 22_799)]
+  wanted = [1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5]
+  assert found == pytest.approx(wanted, rel=1e-3)
+  rates = {'deepglobe': 5e-4, 'isic': 5e-4, 'chestxray': 5e-6, 'fss1000': 5e-4}
+  batches = {'deepglobe': 6, 'isic': 3, 'chestxray': 1, 'fss1000': 12}
+  for place, lr in rates.items():
+    config = ifa.get_config(f'target={place},stage=adapt')
+    assert (config.optim.lr, config.epochs) == (lr, 20)
+    assert config.source.batch_size == batches[place]
+    assert config.source.tests == (2400 if place == 'fss1000' else 600)
+    assert (config.eval.keep_best, config.source.protocol) == (True, 'released')
+    config = ifa.get_config(f'target={place},stage=adapt,protocol=fixed')
+    assert (config.eval.keep_best, config.source.protocol) == (False, 'fixed')
