@@ -146,7 +146,7 @@ def _embedded(config, arg):
   config.source.test_seeds = ()
   config.source.batch_size = 3 if adapts else 8
   config.optim.lr = 1e-3 if adapts else 2e-2
-  config.epochs = 20.0 if adapts else 4.0
+  config.epochs = 20.0 if adapts else 6.0
   config.optim.schedule, config.optim.stairs = 'constant', ()
   if not adapts:
     config.optim.schedule = 'cosine'

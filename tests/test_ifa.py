@@ -430,6 +430,8 @@ def test_what_does_not_fit_is_said():
     data(**{'source.protocol': 'open'})
   with pytest.raises(ValueError, match="'reference_batch' needs config"):
     data(**{'source.metric': 'reference_batch', 'source.reference_batch': 0})
+  with pytest.raises(ValueError, match='trains on what is tested: say so'):
+    data(**{'source.parts': ('test', 'test')})
   with pytest.raises(ValueError, match="rule 'pair' takes no supports"):
     data(adapts, **{'source.rule': 'pair'})
   with pytest.raises(ValueError, match='of one shot none can be left out'):

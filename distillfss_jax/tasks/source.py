@@ -155,6 +155,13 @@ def check_words(config):
         f'config.source.{key} is {config.source[key]!r}; there are: '
         f'{", ".join(known)}'
       )
+  parts = tuple(config.source.parts)
+  same = len(set(parts)) == 1 and not config.source.test_data
+  if config.source.protocol == 'apart' and same:
+    raise ValueError(
+      f'config.source.parts={parts} trains on what is tested: say so with '
+      "config.source.protocol='released', or take 'fixed'"
+    )
   metric, batch = config.source.metric, config.source.reference_batch
   if metric == 'reference_batch' and not batch:
     raise ValueError(
