@@ -153,3 +153,14 @@ def _embedded(config, arg):
     # A small backbone without weights has to learn, too.
     config.optim.trainable = ('backbone',)
   config.eval.batch_size = 8
+
+
+def sweep():
+  """The paper's table of four domains, adapted to, by both protocols."""
+  for protocol in ('released', 'fixed'):
+    for target in CROSS_DOMAIN:
+      for shots in (1, 5):
+        yield {
+          'stage': 'adapt', 'target': target, 'shots': shots,
+          'protocol': protocol,
+        }  # fmt: skip
