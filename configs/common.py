@@ -83,7 +83,6 @@ def get_config() -> ConfigDict:
   # even (the reference's) | random | per_class | per_class_reference | listed
   config.support.rule = 'even'
   config.support.ids = ()  # of the listed rule, ids of training images
-  config.support.seed = 0  # of the random rule
 
   config.episodes = ConfigDict()
   config.episodes.kind = 'leave_one_out'  # | paired | random
@@ -298,8 +297,17 @@ def source(config: ConfigDict) -> ConfigDict:
   config.task = 'source'
   config.support = ConfigDict()
   config.support.shots = 1  # of an episode
+  config.support.seed = 0  # of shots that are drawn once
   config.source = ConfigDict()
-  config.source.rule = 'pair'  # how episodes are found: pair | image | class
+  # How episodes are found: pair | image | class | random, or with a query that
+  # is one of the shots: shot | shot_of_pair.
+  config.source.rule = 'pair'
+  config.source.pairs = 0  # of shot_of_pair, how many it takes; 0 for all
+  config.source.parts = ('train', 'test')  # of the data
+  config.source.test_data = ''  # a dataset that is tested in place of data.name
+  # apart: of other classes | released: adapts on what is tested | fixed: each
+  # class has the same shots always, which are not tested.
+  config.source.protocol = 'apart'
   config.source.recipe = 'none'  # augmentation of the query, see augment.py
   config.source.support_recipe = 'none'
   config.source.batch_size = 2  # episodes of a step, over all processes
@@ -309,14 +317,24 @@ def source(config: ConfigDict) -> ConfigDict:
   config.source.test_seeds = ()  # more of them: the mean and the deviation
   config.source.test_recipe = 'none'  # | stretch | fit: how images are resized
   config.source.test_exact = False  # undone exactly; else as the originals do
+  config.source.metric = 'class_miou'  # | fb_iou | reference_batch: what counts
+  config.source.reference_batch = 0  # also as IFA's code counts so many at once
+  config.source.reference_classes = 0  # of its matrix; 0 for as many as tested
+  config.source.chosen_by = 'test'  # | leave_one_out: among the shots
   config.source.generalised = 0  # episodes of any query, beside base classes
   config.source.prior = False  # also score BAM's prior mask, without learning
   return config
 
 
 RECIPES = ('paper', 'ours', 'unet')
-# Methods that are tested as they are: nothing adapts.
-BASELINES = ('bam', 'hdmnet')
+# Methods that are tested as they are: nothing adapts. For each its model, its
+# backbone, the side of its images, and what trains where something does.
+BASELINES = {
+  'bam': ('bam', 'resnet50_deep', 641, 'meta'),
+  'hdmnet': ('hdmnet', 'resnet50_deep', 641, 'meta'),
+  'ifa': ('ssp', 'resnet50_ssp', 400, 'convolutions'),
+}
+ANY_SHOTS = ('ifa',)  # of these, whose models take any number at once
 
 ARGUMENTS = {
   'method': ('distill', 'transfer', *BASELINES),
@@ -388,6 +406,11 @@ def benchmark(
       config.optim.trainable = ('.*',)
       config.optim.groups = ((r'model/backbone/.*', 0.25, None, '', ''),)
     return config, arg
+  if 'model_shots' in given and {arg.method, arg.teacher} & set(ANY_SHOTS):
+    raise ValueError(
+      f'model_shots={arg.model_shots} is of bam and hdmnet; the model of '
+      f'{", ".join(ANY_SHOTS)} takes all shots at once'
+    )
   if arg.method == 'transfer':
     config.system = 'transferfss'
     config.steps = transfer_steps or steps
@@ -440,11 +463,12 @@ def few_views(config: ConfigDict, *, look: str) -> None:
 
 
 def baseline(config: ConfigDict, name: str, shots: int) -> None:
-  """Sets a method of another paper, as trained on COCO-20i, and no training.
+  """Sets a method of another paper, as trained on its source, and no training.
 
-  Whatever `support.shots` is, its model takes `shots` at once: they are
-  answered in rounds, the last of which repeats its last shot, and the largest
-  answer of all rounds counts. With steps it is TransferFSS of that method.
+  Whatever `support.shots` is, its model takes `shots` at once, if not any: they
+  are answered in rounds, the last of which repeats its last shot, and the
+  largest answer of all rounds counts. With steps it is TransferFSS of that
+  method.
 
   Args:
     config: to be changed.
@@ -452,12 +476,14 @@ def baseline(config: ConfigDict, name: str, shots: int) -> None:
     shots: of the model.
   """
   config.system, config.steps = 'transferfss', 0
-  config.model.name = name
+  config.model.name, backbone, side, trains = BASELINES[name]
+  fields = {'shot_major': False}
+  if name not in ANY_SHOTS:
+    fields = {'classes': 61, 'shots': shots}
   with config.unlocked():
-    config.model.fields = ConfigDict({'classes': 61, 'shots': shots})
-  config.model.backbone.name = 'resnet50_deep'
-  config.optim.trainable = ('meta',)
-  config.data.image_size = 641
+    config.model.fields = ConfigDict(fields)
+  config.model.backbone.name, config.data.image_size = backbone, side
+  config.optim.trainable = (trains,)
 
 
 def taught(config: ConfigDict, name: str, shots: int) -> None:
@@ -471,9 +497,10 @@ def taught(config: ConfigDict, name: str, shots: int) -> None:
   system, steps = config.system, config.steps
   baseline(config, name, shots)
   config.system, config.steps = system, steps
-  config.episodes.subsample = min(config.episodes.subsample or shots, shots)
+  if name not in ANY_SHOTS:
+    config.episodes.subsample = min(config.episodes.subsample or shots, shots)
   if system == 'distillfss':
-    config.optim.trainable = ('meta', 'student')
+    config.optim.trainable = (*config.optim.trainable, 'student')
 
 
 FOLDS = {
@@ -559,6 +586,8 @@ def drawn(config: ConfigDict) -> None:
 
 SMALL = {
   'resnet50_deep': 'resnet_tiny_deep',
+  'resnet50_ssp': 'resnet_tiny_ssp',
+  'resnet101_ssp': 'resnet_tiny_ssp',
   'vgg16': 'vgg_tiny',
   **dict.fromkeys(('pvt_v2_b0', 'pvt_v2_b2'), 'pvt_v2_tiny'),
 }

@@ -5,9 +5,9 @@
 
 Arguments after the colon, separated by commas:
 
-    method=distill|transfer|bam|hdmnet  shots=5|10|25|50
+    method=distill|transfer|bam|hdmnet|ifa  shots=5|10|25|50
     backbone=swin_b|resnet50  student=full|light|attention  seed=0  smoke
-    teacher=dcama|bam|hdmnet  data=nucleus|synthetic  recipe=paper|ours|unet
+    teacher=dcama|bam|hdmnet|ifa  data=nucleus|synthetic  recipe=paper|ours|unet
     model_shots=1|5, that the model of bam and hdmnet takes at once
 
 Published test mIoU (the best of a grid, selected on the test set), 5/10/25/50

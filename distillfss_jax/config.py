@@ -55,6 +55,15 @@ ADDED: dict[str, Any] = {
   'source.test_recipe': 'none',
   'source.test_exact': False,
   'source.generalised': 0,
+  'source.pairs': 0,
+  'source.parts': ['train', 'test'],
+  'source.test_data': '',
+  'source.protocol': 'apart',
+  'source.metric': 'class_miou',
+  'source.reference_batch': 0,
+  'source.reference_classes': 0,
+  'source.chosen_by': 'test',
+  'support.seed': 0,
 }
 # Those of `ADDED` that only configs with a group 'dense' have.
 _OF_DENSE = ('eval.short_side', 'eval.saliency', 'eval.masks')
@@ -120,6 +129,9 @@ _BOUNDS = {
   'source.batch_size': (1, 10**5),
   'source.tests': (1, 10**7),
   'source.generalised': (0, 10**7),
+  'source.pairs': (0, 10**7),
+  'source.reference_batch': (0, 10**7),
+  'source.reference_classes': (0, 10**5),
   'dense.batch_size': (1, 10**5),
   'optim.lr': (0, math.inf),
   'optim.weight_decay': (0, math.inf),

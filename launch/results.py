@@ -11,7 +11,8 @@ from distillfss_jax import files
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 AVERAGED = ('seed', 'support.seed')  # what a mean is taken over
 SYSTEMS = {'DistillFSS': 'distillfss', 'TransferFSS': 'transferfss'}
-MODELS = {'BAM': 'bam', 'HDMNet': 'hdmnet', 'DCAMA': 'dcama'}
+MODELS = {'BAM': 'bam', 'HDMNet': 'hdmnet', 'DCAMA': 'dcama', 'IFA': 'ifa',
+          'SSP': 'ssp'}  # fmt: skip
 NEEDED = {
   'name': str, 'system': str, 'student': str, 'seed': int, 'data.name': str,
   'model.backbone.name': str, 'support.shots': int, 'support.rule': str,
@@ -21,6 +22,8 @@ NEEDED = {
 WITHOUT = {
   'student': '', 'support.shots': 0, 'support.rule': '', 'support.seed': 0,
 }  # fmt: skip
+# What runs have whose shots are drawn of a source, and have no student.
+SOURCE = {'student': '', 'support.rule': 'drawn', 'support.seed': 0}
 # Of a run's folder; they are large and hold no runs.
 INSIDE = ('checkpoints', 'tensorboard', 'panels')
 
@@ -130,9 +133,9 @@ def load(folder: pathlib.Path) -> Run | None:
 
 
 def _whole(config):
-  """A flat config, also of a run that learns without a support."""
-  adapts = config.get('task', 'adaptation') == 'adaptation'
-  return config if adapts else WITHOUT | config
+  """A flat config, also of a run whose support is drawn, or that has none."""
+  lacks = {'source': SOURCE, 'dense': WITHOUT}.get(config.get('task'), {})
+  return lacks | config
 
 
 def _defaults(name):

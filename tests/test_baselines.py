@@ -23,7 +23,7 @@ def small(method, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('method', ['bam', 'hdmnet'])
+@pytest.mark.parametrize('method', ['bam', 'hdmnet', 'ifa'])
 def test_a_baseline_is_scored_without_a_step(tmp_path, method):
   config = small(method)
   results = train.run(config, tmp_path / 'run')
@@ -32,11 +32,13 @@ def test_a_baseline_is_scored_without_a_step(tmp_path, method):
     assert set(results[size]) == {'teacher'}
   # Nothing moves, and a finished run is not run again.
   again = train.run(config, tmp_path / 'run')
-  assert again['test'] == results['test']
+  for name in ('miou', 'fb_iou', 'f1'):  # the file has six digits
+    before, now = (x['test']['teacher'][name] for x in (results, again))
+    assert now == pytest.approx(before, rel=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('teacher', ['bam', 'hdmnet'])
+@pytest.mark.parametrize('teacher', ['bam', 'hdmnet', 'ifa'])
 @pytest.mark.parametrize('method', ['distill', 'transfer'])
 def test_it_is_a_teacher(tmp_path, teacher, method):
   config = nucleus.get_config(
@@ -66,6 +68,18 @@ def test_several_rounds_cannot_be_taught():
 def test_a_published_method_has_no_teacher():
   with pytest.raises(ValueError, match='teacher=bam belongs to method=distill'):
     nucleus.get_config('method=hdmnet,teacher=bam')
+
+
+def test_the_model_of_ifa_takes_any_number_of_shots():
+  config = nucleus.get_config('method=ifa,shots=25')
+  assert (config.model.name, config.data.image_size) == ('ssp', 400)
+  assert config.model.backbone.name == 'resnet50_ssp'
+  for arg in ('method=ifa', 'teacher=ifa'):
+    with pytest.raises(ValueError, match='model_shots=5 is of bam and hdmnet'):
+      nucleus.get_config(f'{arg},model_shots=5')
+  config = nucleus.get_config('teacher=ifa,shots=25')
+  assert config.optim.trainable == ('convolutions', 'student')
+  assert config.episodes.subsample == 1  # as for DCAMA
 
 
 def test_a_run_on_a_source_is_its_model(tmp_path, monkeypatch):

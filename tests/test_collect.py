@@ -901,3 +901,24 @@ def test_the_command_of_a_run_without_a_support(tmp_path):
 def test_a_distiller_is_a_row(distiller, role, says):
   config = {'system': 'segmentation', 'distiller.name': distiller, 'steps': 9}
   assert results.method(results.kind_of(config), role) == says
+
+
+def test_protocols_are_never_averaged(tmp_path):
+  """Runs of IFA that saw what they are tested on, and runs that did not."""
+  for protocol, scores in (('released', (0.6, 0.7)), ('fixed', (0.4, 0.5))):
+    for seed, score in enumerate(scores):
+      arg = f'target=isic,stage=adapt,protocol={protocol},seed={seed}'
+      put(tmp_path / 'runs', arg, None, score, stem='ifa')
+  report, warnings = made(tmp_path / 'runs')
+  assert not warnings
+  found = {
+    row.settings: str(cell)
+    for row in report.rows
+    for cell in row.cells.values()
+  }
+  assert len(found) == 2
+  for settings, cell in found.items():
+    fixed = 'source.protocol=fixed' in settings
+    assert fixed != ('source.protocol=released' in settings)
+    assert cell.startswith('45.0' if fixed else '65.0')
+  assert {row.method for row in report.rows} == {'IFA'}

@@ -84,7 +84,8 @@ def test_smoke_is_small(name):
   config = load(name, 'smoke')
   assert config.data.image_size == 64
   assert config.model.backbone.name in (
-    'resnet_tiny', 'resnet_tiny_deep', 'vgg_tiny', 'pvt_v2_tiny',
+    'resnet_tiny', 'resnet_tiny_deep', 'resnet_tiny_ssp', 'vgg_tiny',
+    'pvt_v2_tiny',
   )  # fmt: skip
   assert config.steps <= 4
   assert not config.epochs

@@ -203,12 +203,13 @@ def test_a_system_predicts(name):
     assert answer.logits.dtype == jnp.float32
 
 
-@pytest.mark.parametrize('teacher', ['dcama', 'bam', 'hdmnet'])
+@pytest.mark.parametrize('teacher', ['dcama', 'bam', 'hdmnet', 'ifa'])
 def test_a_student_gives_what_its_teacher_declares(teacher):
   made = config.load(f'{ROOT}/configs/nucleus.py:teacher={teacher},smoke')
   system, draw = systems.build(made, WAYS)
   graph, abstract = nnx.split(system)
-  assert system.teacher.masks_support == (teacher != 'dcama')
+  masks = teacher in ('bam', 'hdmnet')
+  assert system.teacher.masks_support == masks
 
   def run(variables, images, support):
     system = nnx.merge(graph, params.replace(abstract, variables), copy=True)

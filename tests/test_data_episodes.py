@@ -348,3 +348,86 @@ def test_listed_episodes_are_read_once_in_order(pool):
     pipeline.listed_episodes(
       pool, table, plain, plain, image_size=SIZE, batch_size=0
     )
+
+
+@pytest.mark.parametrize('rule', episodes.SHOT_RULES)
+def test_the_query_is_one_of_the_shots(source, pool, rule):
+  draw = episodes.Random(pool, 3, rule)
+  queries = set()
+  for i in range(len(draw)):
+    for seed in range(4):
+      class_, query, *shots = draw(i, np.random.default_rng([seed, i]))
+      assert class_ == (i if rule == 'shot' else pool.pairs[i, 1])
+      assert query in shots
+      assert len(set(shots)) == 3
+      assert source.present[shots, class_ + 1].all()
+      queries.add(shots.index(query))
+  assert queries == {0, 1, 2}
+  assert len(draw) == (3 if rule == 'shot' else len(pool.pairs))
+  pickle.dumps(draw)
+
+
+def test_some_pairs_in_turn(pool):
+  assert len(episodes.Random(pool, 1, 'shot_of_pair', pairs=5)) == 5
+  with pytest.raises(
+    ValueError, match="'shot' takes no pairs; these do: shot_"
+  ):
+    episodes.Random(pool, 1, 'shot', pairs=5)
+
+
+def test_shots_that_are_always_the_same(source, pool):
+  """Drawn once, in training and in every test; their pixels are not tested."""
+  found = episodes.supports(pool, shots=2, seed=3)
+  assert found.tolist() == episodes.supports(pool, shots=2, seed=3).tolist()
+  assert found.tolist() != episodes.supports(pool, shots=2, seed=4).tolist()
+  for class_, row in enumerate(found):
+    assert len(set(row)) == 2
+    assert source.present[row, class_ + 1].all()
+  draw = episodes.Random(pool, 2, 'shot', supports=found)
+  for i in range(3):
+    row = draw(i, np.random.default_rng(i))
+    assert row[2:].tolist() == found[i].tolist()
+  rest = core.without(pool, {source.ids[i] for i in found.ravel()})
+  table = episodes.listed(
+    rest, shots=2, rule='class', count=40, seed=1, supports=found
+  )
+  assert not set(table[:, 1]) & set(found.ravel().tolist())
+  assert (table[:, 2:] == found[table[:, 0]]).all()
+  left = episodes.leave_one_out(found)
+  assert left.shape == (6, 3)
+  for class_, query, shot in left:
+    assert {query, shot} == set(found[class_])
+  with pytest.raises(ValueError, match='of one shot none can be left out'):
+    episodes.leave_one_out(found[:, :1])
+  with pytest.raises(
+    ValueError, match="'pair' takes no supports; these do: sh"
+  ):
+    episodes.Random(pool, 2, 'pair', supports=found)
+  with pytest.raises(ValueError, match=r'^40 shots need 40 images'):
+    episodes.supports(pool, shots=40)
+
+
+def test_copies_of_shots_are_no_part_of_a_pool(source):
+  """By their pixels, whatever they are called; blank ones by their names."""
+  source.contents = ('x', 'y', 'x', '', '', *source.ids[5:])
+  pool = core.pool(source, ('a', 'b', 'c', 'd'), (1, 2, 3, 4))
+  told = core.contents(source)
+  rest = core.without(pool, {told[0], told[3]})
+  gone = set(pool.pairs[:, 0]) - set(rest.pairs[:, 0])
+  assert gone == {0, 2, 3}
+
+
+def test_sources_one_after_the_other(source):
+  both = core.Joined(source, source)
+  assert len(both) == 48
+  assert both[25]['id'] == both.ids[25] == source.ids[1]
+  assert both.areas.shape == (48, 4)
+  with pytest.raises(IndexError):
+    both[48]
+  dataset = core.Dataset('d', tuple('abcd'), ((0, 0, 0),) * 5, source, source)
+  for part, count in (('train', 24), ('test', 24), ('all', 48)):
+    pool = core.pool_of(dataset, part)
+    assert len(pool.source) == count
+    assert pool.classes == tuple('abcd')
+  with pytest.raises(ValueError, match=r"'val' is not one of \('train',"):
+    core.pool_of(dataset, 'val')

@@ -285,3 +285,81 @@ def test_no_novel_class_reaches_the_base_learner():
     seen += there.sum()
     assert (dataset.train[i]['label'][there] == 0).all()
   assert seen
+
+
+def test_the_released_mean_by_hand():
+  """Of three classes: a matrix whose third label lies outside."""
+  counts = np.array(
+    [[[50, 10], [5, 35]], [[60, 4], [6, 30]], [[70, 9], [8, 13]]]
+  )
+  # Label 3 loses its hits; what it claims wrongly is called label 1's.
+  background = 180 / (180 + 10 + 4 + 5 + 6 + 9)
+  first, second = 35 / (35 + 10 + 5 + 9), 30 / (30 + 4 + 6)
+  wanted = np.mean([background, first, second])
+  assert scoring.released_mean(counts, 3) == pytest.approx(wanted)
+  # With more rows than classes nothing falls out.
+  third = 13 / 30
+  background = 180 / (180 + 23 + 19)
+  wanted = np.mean([background, 35 / 50, 30 / 40, third])
+  assert scoring.released_mean(counts, 1000) == pytest.approx(wanted)
+  # One class is the IoU of its foreground.
+  assert scoring.released_mean(counts[:1], 1) == pytest.approx(35 / 50)
+  nothing = scoring.released_mean(np.zeros((3, 2, 2), np.int64), 3)
+  assert nothing is None
+
+
+def test_the_released_number_depends_on_the_batch():
+  """As users report of DeepGlobe: 96 at once is FB-IoU, 1 is something else."""
+  rng, classes = np.random.default_rng(0), 6
+  table = np.zeros((600, 3), np.int32)
+  table[:, 0] = np.arange(600) % classes
+  # Classes of very different sizes, found well and badly.
+  right = np.array([900, 30, 400, 60, 200, 10])[table[:, 0]]
+  episode = np.zeros((600, 2, 2), np.int64)
+  episode[:, 1, 1] = right + rng.integers(0, 5, 600)
+  episode[:, 1, 0] = rng.integers(0, 100, 600)
+  episode[:, 0, 1] = rng.integers(0, 200, 600)
+  episode[:, 0, 0] = 1500
+  pool = core.Pool(
+    Painted(), tuple('abcdef'), np.zeros((0, 2)), np.arange(1, 7)
+  )
+
+  def counted(metric):
+    counts = np.zeros((classes, 2, 2), np.int64)
+    np.add.at(counts, metric.counted_as(table), episode)
+    return metric.scores(counts)
+
+  plain = counted(scoring.of_class(pool, ('teacher',)))
+  found = {
+    n: counted(scoring.of_batches(pool, ('teacher',), batch=n))['as_released']
+    for n in (96, 48, 12, 6, 1, 5)
+  }
+  for n in (96, 48, 12, 6):
+    assert found[n] == pytest.approx(plain['fb_iou'])
+  assert abs(found[96] - found[1]) > 0.05
+  assert abs(found[5] - found[1]) > 0.01
+  assert abs(found[96] - plain['miou']) > 0.1
+
+
+def test_a_batch_counts_as_its_first():
+  """Through the evaluator, whose own batches do not matter."""
+  table = np.array([[0, 0, 2], [1, 3, 4], [1, 1, 3], [0, 2, 1], [0, 0, 2]])
+
+  def predict(variables, memory, images, roles):
+    logits = jax.nn.one_hot((images[..., 0] == 3).astype(int), 2)
+    return {role: Prediction(logits) for role in roles}
+
+  metric = scoring.of_batches(NOVEL, ('teacher',), batch=2, classes=3)
+  np.testing.assert_array_equal(metric.counted_as(table), [0, 0, 1, 1, 0])
+  seen = []
+  for size in (4, 8):
+    metric = scoring.dataclasses.replace(
+      metric, scores=lambda counts: seen.append(counts) or {'as_released': 0.0}
+    )
+    evaluator = scoring.Episodes(
+      NOVEL, table, lambda variables, support: 0, predict, [metric],
+      image_size=8, batch_size=size,
+    )  # fmt: skip
+    evaluator.run({}, ('teacher',))
+  np.testing.assert_array_equal(*seen)
+  assert seen[0][0].sum() > seen[0][1].sum() > 0

@@ -79,6 +79,7 @@ COMPOUNDS = ('data_dict', 'support_feats', 'stack_ids', 't_net', 'ground_truth')
 
 # Names that are not ours to choose.
 BORROWED = {
+  ('configs/ifa.py', 'target'): 'its argument: what a source is adapted to',
   ('data/mask_meaning.py', 'ignore'): 'what people write into classes.txt',
   ('train.py', 'metadata'): 'importlib.metadata',
   ('types.py', 'example'): 'plain English: an example of a way',

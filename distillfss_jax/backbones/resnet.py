@@ -300,13 +300,27 @@ class ResNet(base.Staged):
 
   def torch_tables(self):
     if not self.deep:
-      return {'torchvision': TORCH_NAMES}
-    return {
-      'imagenet': TORCH_NAMES,
-      'pspnet': PSPNET_NAMES,
-      'nested': NESTED_NAMES,
-      'ssp': SSP_NAMES,
-    }
+      tables = {'torchvision': TORCH_NAMES}
+    else:
+      tables = {
+        'imagenet': TORCH_NAMES,
+        'pspnet': PSPNET_NAMES,
+        'nested': NESTED_NAMES,
+        'ssp': SSP_NAMES,
+      }
+    return {name: self._own_stages(rules) for name, rules in tables.items()}
+
+  def _own_stages(self, rules):
+    """The rules of a table, without stages that a file has beside ours."""
+    count = len(self.depths)
+    if count == 4:
+      return rules
+    kept = [
+      (name.replace(r'layer(\d)', rf'layer([1-{count}])'), path, kind)
+      for name, path, kind in rules
+    ]
+    more = rf'layer[{count + 1}-9]\.(?!.*num_batches_tracked).*'
+    return (*kept, (more, '', 'drop'))
 
   def torch_unused(self, tensors):
     channels = self.channels[-1]
@@ -353,6 +367,7 @@ def update_statistics(
 
 
 _deep = functools.partial(ResNet, stem='deep', output_stride=8)
+_ssp = functools.partial(_deep, lagging=True)
 
 variants = {
   'resnet18': functools.partial(ResNet, depths=(2, 2, 2, 2), block='basic'),
@@ -364,4 +379,8 @@ variants = {
   'resnet50_deep': functools.partial(_deep, depths=(3, 4, 6, 3)),
   'resnet101_deep': functools.partial(_deep, depths=(3, 4, 23, 3)),
   'resnet_tiny_deep': functools.partial(_deep, depths=(1, 1, 1, 1), width=16),
+  # SSP's and IFA's, whose third stage is the last.
+  'resnet50_ssp': functools.partial(_ssp, depths=(3, 4, 6)),
+  'resnet101_ssp': functools.partial(_ssp, depths=(3, 4, 23)),
+  'resnet_tiny_ssp': functools.partial(_ssp, depths=(1, 1, 2), width=16),
 }

@@ -71,6 +71,41 @@ class Part(Sequence):
     return self._source[int(self._indices[i])]
 
 
+class Joined(Sequence):
+  """The records of several sources of the same classes, one after the other."""
+
+  def __init__(self, *sources):
+    """Takes the sources."""
+    self._sources = sources
+    self.ids = tuple(i for x in sources for i in x.ids)
+    self.sizes = np.concatenate([x.sizes for x in sources])
+    self.present = np.concatenate([x.present for x in sources])
+    self.areas = np.concatenate([_areas(x) for x in sources])
+    self.contents = tuple(i for x in sources for i in contents(x))
+
+  def __len__(self):
+    return len(self.ids)
+
+  def __getitem__(self, i):
+    i = range(len(self))[i]
+    for source in self._sources:
+      if i < len(source):
+        return source[i]
+      i -= len(source)
+    raise IndexError(i)
+
+
+def _areas(source):
+  """Pixels of each class, or 1 where nobody has counted."""
+  return np.asarray(getattr(source, 'areas', source.present), np.int64)
+
+
+def contents(source):
+  """What tells each image by its pixels; its id where nobody has looked."""
+  known = getattr(source, 'contents', source.ids)
+  return tuple(x or i for x, i in zip(known, source.ids, strict=True))
+
+
 def with_classes(dataset, labels):
   """A Dataset with some of the classes as labels 1, 2, ...; all its records.
 
@@ -116,6 +151,38 @@ class Pool:
   classes: tuple[str, ...]
   pairs: np.ndarray
   values: np.ndarray
+
+
+def without(pool, images):
+  """A pool without some images and what has the same pixels.
+
+  Args:
+    pool: a `Pool`.
+    images: set of what tells these, see `contents`.
+  """
+  told = contents(pool.source)
+  kept = [told[i] not in images for i in pool.pairs[:, 0]]
+  return dataclasses.replace(pool, pairs=pool.pairs[np.array(kept, bool)])
+
+
+PARTS = ('train', 'test', 'all')
+
+
+def pool_of(dataset, part):
+  """A pool of all classes of a Dataset that has none of its own.
+
+  Args:
+    dataset: a Dataset.
+    part: of `PARTS`.
+
+  Raises:
+    ValueError: there is no such part, or a class has no image there.
+  """
+  if part not in PARTS:
+    raise ValueError(f'part {part!r} is not one of {PARTS}')
+  names = ('train', 'test') if part == 'all' else (part,)
+  source = Joined(*(getattr(dataset, name) for name in names))
+  return pool(source, dataset.classes, range(1, 1 + len(dataset.classes)))
 
 
 def pool(source, classes, labels, min_area=1, *, exclusive=False):

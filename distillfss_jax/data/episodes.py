@@ -13,8 +13,15 @@ How the class and the query of an episode are found is a `rule`:
   class   each class in turn, and an image of it at random (IFA's tests)
   random  a class and an image of it at random (DCAMA on COCO-20i)
 
-The shots are other images of the class. IFA's fine-tuning, whose query is one
-of the shots, is not among them.
+The shots are other images of the class. Where a method adapts to a domain of
+which it has the shots alone (IFA), the query is one of them, which its recipe
+augments; these rules are for training only:
+
+  shot          each class in turn
+  shot_of_pair  the class of each pair in turn (IFA on FSS-1000)
+
+Shots are drawn anew for every episode, or each class has the same ones always:
+`supports`.
 """
 
 import dataclasses
@@ -25,6 +32,7 @@ import numpy as np
 from distillfss_jax.data import core
 
 RULES = ('pair', 'image', 'class', 'random')
+SHOT_RULES = ('shot', 'shot_of_pair')
 # Episodes that DCAMA and BAM are tested with. HDMNet has 10,000 on COCO-20i;
 # IFA 600, and 2,400 on FSS-1000.
 COUNT = 1000
@@ -37,7 +45,11 @@ class Random:
   Args:
     pool: what to draw from.
     shots: per episode.
-    rule: of `RULES`.
+    rule: of `RULES` or `SHOT_RULES`.
+    supports: int32 [n, s], the shots of each class, of the `SHOT_RULES`; None
+      draws them.
+    pairs: of 'shot_of_pair', how many of the first pairs are taken in turn; 0
+      for all.
 
   Raises:
     ValueError: for an unknown rule, and for classes with too few images.
@@ -46,13 +58,28 @@ class Random:
   pool: core.Pool
   shots: int
   rule: str
+  supports: np.ndarray | None = None
+  pairs: int = 0
 
   def __post_init__(self):
     """Checks the arguments before any work."""
-    _check(self.pool, self.shots, self.rule)
+    _check(self.pool, self.shots, self.rule, (*RULES, *SHOT_RULES))
+    for name, given, rules in (
+      ('supports', self.supports is not None, SHOT_RULES),
+      ('pairs', self.pairs, SHOT_RULES[1:]),
+    ):
+      if given and self.rule not in rules:
+        raise ValueError(
+          f'episode rule {self.rule!r} takes no {name}; these do: '
+          f'{", ".join(rules)}'
+        )
 
   def __len__(self):
     """Episodes of an epoch."""
+    if self.rule == 'shot':
+      return len(self.pool.classes)
+    if self.pairs:
+      return min(self.pairs, len(self.pool.pairs))
     if self.rule in ('image', 'random'):
       return len(np.unique(self.pool.pairs[:, 0]))
     return len(self.pool.pairs)
@@ -67,6 +94,8 @@ class Random:
     Returns:
       int32 [2+s]: class, query, shots, which are different images.
     """
+    if self.rule in SHOT_RULES:
+      return self._of_shots(i, generator)
     if self.rule == 'pair':
       query, class_ = self.pool.pairs[i]
     elif self.rule == 'image':
@@ -84,6 +113,15 @@ class Random:
     shots = generator.choice(others, self.shots, replace=False)
     return np.array([class_, query, *shots], np.int32)
 
+  def _of_shots(self, i, generator):
+    """An episode whose query is one of its shots."""
+    class_ = i if self.rule == 'shot' else self.pool.pairs[i, 1]
+    if self.supports is None:
+      shots = generator.choice(self._images[class_], self.shots, replace=False)
+    else:
+      shots = self.supports[class_]
+    return np.array([class_, generator.choice(shots), *shots], np.int32)
+
   @functools.cached_property
   def _images(self):
     return _images(self.pool)
@@ -93,7 +131,50 @@ class Random:
     return _candidates(self.pool)
 
 
-def listed(pool, *, shots, rule, count=COUNT, seed=0):
+def supports(pool, *, shots, seed=0):
+  """Draws the shots of each class, once.
+
+  Args:
+    pool: what to draw from.
+    shots: of each class, different images.
+    seed: 0 .. 2**32 - 1.
+
+  Returns:
+    int32 [n, s]: indices into the pool's source.
+
+  Raises:
+    ValueError: for classes with too few images.
+  """
+  _check(pool, shots, SHOT_RULES[0], SHOT_RULES)
+  generator = np.random.RandomState(seed)
+  found = [generator.choice(x, shots, replace=False) for x in _images(pool)]
+  return np.array(found, np.int32)
+
+
+def leave_one_out(supports):
+  """Each shot in turn as the query of the others of its class.
+
+  Args:
+    supports: int32 [n, s], from `supports`.
+
+  Returns:
+    int32 [n * s, 1+s]: class, query, shots.
+
+  Raises:
+    ValueError: there is one shot alone.
+  """
+  count, shots = supports.shape
+  if shots < 2:
+    raise ValueError('of one shot none can be left out: take 2 or more')
+  rows = [
+    [c, supports[c, k], *np.delete(supports[c], k)]
+    for c in range(count)
+    for k in range(shots)
+  ]
+  return np.array(rows, np.int32)
+
+
+def listed(pool, *, shots, rule, count=COUNT, seed=0, supports=None):
   """Makes the list of episodes that a method is tested with.
 
   Args:
@@ -103,6 +184,8 @@ def listed(pool, *, shots, rule, count=COUNT, seed=0):
     count: of episodes.
     seed: 0 .. 2**32 - 1. DCAMA has 0, IFA 0 to 4; BAM 510, 365, 382, 322 and
       988, HDMNet also 98, 742, 17, 595 and 106.
+    supports: int32 [n, s], the shots of each class, which are then no part of
+      the pool; None draws them.
 
   Returns:
     int32 [count, 2+s]: class, query, shots.
@@ -115,7 +198,8 @@ def listed(pool, *, shots, rule, count=COUNT, seed=0):
   # each shot is drawn alone among all images of the class, again while it is
   # the query, and one can come twice. BAM draws in eight workers, which nobody
   # can repeat: 'image' is the same in distribution, with different shots.
-  _check(pool, shots, rule)
+  least = shots + 1 if supports is None else 1
+  _check(pool, shots, rule, RULES, least)
   images, generator = _images(pool), np.random.RandomState(seed)
   candidates = _candidates(pool) if rule == 'image' else None
   rows = []
@@ -130,7 +214,7 @@ def listed(pool, *, shots, rule, count=COUNT, seed=0):
       if rule == 'random':
         class_ = _one(np.arange(len(pool.classes)), generator)
       query = _one(images[class_], generator)
-    chosen = []
+    chosen = [] if supports is None else supports[class_].tolist()
     while len(chosen) < shots:
       shot = _one(images[class_], generator)
       if shot != query and not (rule == 'image' and shot in chosen):
@@ -161,7 +245,7 @@ def generalised(pool, *, shots, count=COUNT, seed=0):
   present = np.asarray(pool.source.present)
   mine = present[:, np.asarray(pool.values) - 1]
   images = [np.flatnonzero(shows) for shows in mine.T]
-  _check_enough([len(x) for x in images], pool.classes, shots)
+  _check_enough([len(x) for x in images], pool.classes, shots, shots + 1)
   # Of any other class, or of none at all.
   others = present.sum(1) > mine.sum(1)
   free = others | ~mine.any(1)
@@ -202,9 +286,14 @@ def by_name(pool, table):
   ]
 
 
-def _check(pool, shots, rule):
-  if rule not in RULES:
-    raise ValueError(f'episode rule {rule!r} is not one of {RULES}')
+def _check(pool, shots, rule, rules, least=None):
+  """Raises ValueError where episodes are not to be had.
+
+  `least` is how many images a class needs: the shots, and the query if that is
+  not one of them.
+  """
+  if rule not in rules:
+    raise ValueError(f'episode rule {rule!r} is not one of {rules}')
   if shots < 1:
     raise ValueError(f'need at least 1 shot, got {shots}')
   if rule == 'image' and len(set(pool.values.tolist())) < len(pool.classes):
@@ -213,20 +302,23 @@ def _check(pool, shots, rule):
       "records all have one label: take 'pair', 'class' or 'random'"
     )
   counts = np.bincount(pool.pairs[:, 1], minlength=len(pool.classes))
-  _check_enough(counts, pool.classes, shots)
+  if least is None:
+    least = shots + (rule not in SHOT_RULES)
+  _check_enough(counts, pool.classes, shots, least)
 
 
-def _check_enough(counts, classes, shots):
+def _check_enough(counts, classes, shots, least):
   """Raises ValueError where a class has too few images for its episodes."""
   # Parity: the originals would look for another image for ever.
   few = [
     f'{name} ({count})'
     for name, count in zip(classes, counts, strict=True)
-    if count <= shots
+    if count < least
   ]
   if few:
+    needing = {shots: f'{shots} shots', shots + 1: f'{shots} shots and a query'}
     raise ValueError(
-      f'{shots} shots and a query need {shots + 1} images of a class, but '
+      f'{needing.get(least, "queries")} need {least} images of a class, but '
       f'there are fewer of {", ".join(few[:5])}; {len(few)} classes in all: '
       'take fewer shots'
     )

@@ -186,7 +186,8 @@ def _say_unchecked(place):
 class Prepared(Sequence):
   """Records of a prepared folder, in the order of `rows` of its manifest.
 
-  Beside what a source has: areas, int64 [N, n], pixels of each class.
+  Beside what a source has: areas, int64 [N, n], pixels of each class; contents,
+  a digest of each image's pixels, '' of one that is all alike.
   """
 
   def __init__(self, place, rows, ways):
@@ -201,6 +202,7 @@ class Prepared(Sequence):
       self.areas[i, np.array(row['present'], int) - 1] = row['areas']
     self.present = self.areas > 0
     self.digests = tuple(row.get('stored') for row in rows)
+    self.contents = tuple(row['digest'] for row in rows)
     if None in self.digests:
       _say_unchecked(self._place)
 

@@ -58,6 +58,8 @@ class Metric:
     label and the prediction -> numbers by name.
   places: where a query's pixels lie in the logits, for its own size; see
     `metrics.stretched`. None scores at the model's.
+  counted_as: the list of episodes [e, 2+s] -> [e], the class that each is
+    counted under; its own by default.
   """
 
   protocol: base.Protocol
@@ -67,6 +69,7 @@ class Metric:
   needs: tuple[str, ...]
   scores: Callable[[np.ndarray], dict]
   places: Callable | None = None
+  counted_as: Callable[[np.ndarray], np.ndarray] = lambda table: table[:, 0]
 
   def count(self, logits: Mapping[str, Array], batch: dict) -> dict[str, Array]:
     """{role: int32 [b, classes, classes]} of a batch of episodes."""
@@ -155,6 +158,65 @@ def of_class(
     lambda counts: scores(counts, pool.classes),
     places if size == 'native' else None,
   )
+
+
+def of_batches(
+  pool: core.Pool, roles: Sequence[str], *, batch: int, classes: int = 0
+) -> Metric:
+  """What the released code of SSP and IFA counts: it depends on the batch.
+
+  Args:
+    pool: what the episodes were drawn from.
+    roles: of the answers, of two channels.
+    batch: episodes that it takes at once.
+    classes: rows of its matrix; 0 for as many as the pool has classes.
+  """
+  # Parity: it takes all episodes of a batch for the class of the first. With
+  # classes in turn and a batch that is a multiple of their number, that is
+  # always the same one: what comes out is FB-IoU.
+  metric = of_class(pool, roles)
+  rows = classes or len(pool.classes)
+
+  def first(table):
+    return table[np.arange(len(table)) // batch * batch, 0]
+
+  return dataclasses.replace(
+    metric,
+    protocol=base.Protocol(
+      'reference_batch',
+      'model',
+      f'as the released code of IFA counts in batches of {batch}, '
+      f'{_AT["model"]}: all episodes of a batch as the class of its first, the '
+      'mean over background and classes; no number to compare with others',
+      {'as_released': 'IoU as released'},
+    ),
+    scores=lambda counts: {'as_released': released_mean(counts, rows)},
+    counted_as=first,
+  )
+
+
+def released_mean(counts: np.ndarray, classes: int) -> float | None:
+  """The mean of IoU that the released code of SSP and IFA takes.
+
+  Args:
+    counts: int64 [n, 2, 2], pixels by (class they are counted as, label,
+      prediction).
+    classes: rows and columns of its matrix. Class i is its label i + 1, the
+      last of which lies outside; 1 is the IoU of foreground alone.
+  """
+  whole = counts.sum(0)
+  if classes == 1:
+    return Confusion(whole).iou_or_none()[1]
+  matrix = np.zeros((classes, classes), np.int64)
+  matrix[0, 0] = whole[0, 0]
+  for label, ((_, wrong), (missed, right)) in enumerate(counts, 1):
+    if label < classes:
+      matrix[0, label] += wrong
+      matrix[label, 0] += missed
+      matrix[label, label] += right
+    else:  # it looks for them one row further
+      matrix[1, 0] += wrong
+  return _mean(Confusion(matrix).iou_or_none())
 
 
 def of_base(
@@ -395,6 +457,7 @@ class Episodes(base.Evaluator):
       }
       for m in self._metrics
     ]
+    groups = [np.asarray(m.counted_as(self._table)) for m in self._metrics]
     shown, done = {}, 0
     place = jax.process_index()
     for batch in self._batches:
@@ -405,11 +468,14 @@ class Episodes(base.Evaluator):
         if k in batch
       }
       found = jax.device_get(self._count(logits, labels))
-      for total, of_metric in zip(counts, found, strict=True):
+      # Process p reads the episodes p, p + processes, ...
+      # What pads the last batch has no pixel to count.
+      places = place + jax.process_count() * np.arange(len(batch['valid']))
+      places = np.minimum(places, len(self._table) - 1)
+      for total, of_metric, group in zip(counts, found, groups, strict=True):
         for role, x in of_metric.items():
-          np.add.at(total[role], batch['class'], x.astype(np.int64))
+          np.add.at(total[role], group[places], x.astype(np.int64))
       for row, valid in enumerate(batch['valid']):
-        # Process p reads the episodes p, p + processes, ...
         if valid and place in show:
           shown[place] = {
             role: np.asarray(logits[role][row].argmax(-1), np.uint8)

@@ -98,6 +98,46 @@ def match(query: Array, keys: Array, values: Array, mask: Array) -> Array:
   return total
 
 
+def alike_mean(x: Array, chosen: Array) -> Array:
+  """What the chosen places say of each place: their mean by likeness.
+
+  SSP's adaptive self-support prototypes (2207.11549): a softmax over the
+  chosen places of twice the cosine. Places come in blocks, so that no matrix
+  of all pairs exists, forwards or backwards.
+
+  Args:
+    x: [a, p, c].
+    chosen: [a, j, p] bool, of each of j choices; some place of each is chosen.
+
+  Returns:
+    [a, j, p, c] float32.
+  """
+  values = x.astype(jnp.float32)
+  units = values / _length(values)
+  blocks, _ = _blocks(jnp.moveaxis(units, 1, 0))
+
+  @jax.checkpoint
+  def of_block(block):  # [m, a, c]
+    cosine = jnp.einsum('mac,apc->amp', block, units)
+    odds = jnp.where(chosen[:, :, None], 2 * cosine[:, None], -jnp.inf)
+    return jnp.einsum('ajmp,apc->majc', jax.nn.softmax(odds), values)
+
+  found = jax.lax.map(of_block, blocks)
+  found = found.reshape(-1, *found.shape[2:])[: x.shape[1]]
+  return jnp.moveaxis(found, 0, 2)
+
+
+def cosine(x: Array, y: Array) -> Array:
+  """Cosines of vectors [..., c] that broadcast, in float32; 0 of a zero."""
+  x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+  return (x * y).sum(-1) / (_length(x) * _length(y))[..., 0]
+
+
+def _length(x):
+  """Lengths [..., 1], at least 1e-8, with a gradient even at zero."""
+  return jnp.maximum(_norm(x), 1e-8)[..., None]
+
+
 def _blocks(x):
   """[k, ...] in blocks [n, m, ...] filled up with zeros; what is there."""
   size = min(_BLOCK, x.shape[0])

@@ -99,6 +99,25 @@ def _dcama(backbone, file, page):
   )
 
 
+def _ifa(shots, score):
+  return Published(
+    f'resnet50_{shots}shot_avg_{score}.pth',
+    'https://github.com/niejiahao1998/IFA',
+    'see its owners',
+    model='ssp',
+    fields={'model.name': 'ssp', 'model.backbone.name': 'resnet50_ssp'},
+  )
+
+
+# Of IFA's files, whose names tell them apart: scores before and after it has
+# adapted, by 1 and by 5 shots.
+_IFA = {
+  'deepglobe': (('44.40', '52.78'), ('50.63', '58.76')),
+  'isic': (('55.50', '62.60'), ('66.34', '69.77')),
+  'chestxray': (('72.64', '73.07'), ('73.96', '74.59')),
+  'fss1000': (('77.16', '79.37'), ('80.08', '82.36')),
+}
+
 PUBLISHED = {
   # The backbones that DistillFSS's teachers were trained on.
   'resnet50_a1h': _backbone(
@@ -177,6 +196,12 @@ PUBLISHED = {
   # DCAMA's own, of the same fold, which read the support's shallow maps.
   'dcama_swin_b_skip': _official_dcama('swin_b', 'swin_fold0.pt'),
   'dcama_resnet50_skip': _official_dcama('resnet50', 'resnet50_fold0.pt'),
+  **{
+    f'{name}_{domain}_{shots}shot': _ifa(shots, score)
+    for domain, both in _IFA.items()
+    for name, scores in zip(('ssp', 'ifa'), both, strict=True)
+    for shots, score in zip((1, 5), scores, strict=True)
+  },
   # A teacher with its students.
   'pasqualedem/DistillFSS_WeedMap_DCAMA_5shot': Published(
     FILE,

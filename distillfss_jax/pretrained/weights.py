@@ -326,7 +326,7 @@ def _read(row, variables, leave):
   """What a row's file or folder gives, {path: array}."""
   found = hub.find(row.source.partition('#')[0])
   if found.is_dir():
-    given = _of_folder(from_folder(found), row)
+    given = _of_folder(from_folder(found, _kept(found)), row)
     left = leave.matched(given) | leave.paths
     given = {path: x for path, x in given.items() if path not in left}
   else:
@@ -340,6 +340,13 @@ def _read(row, variables, leave):
   )
   logging.info('%s: %d parameters read', row.source, len(loaded))
   return loaded
+
+
+def _kept(folder):
+  """Which checkpoints of a run's folder it concluded with."""
+  path = folder / 'results.json'
+  chosen = path.is_file() and 'checkpoint' in files.read_json(path)
+  return 'best' if chosen else 'checkpoints'
 
 
 def _below(names, prefix, source):

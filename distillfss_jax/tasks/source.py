@@ -1,13 +1,16 @@
 """Training on a source: every step has new episodes of its base classes.
 
-The test is a list of episodes of classes that no step has seen.
+The test is a list of episodes of classes that no step has seen. Where a method
+adapts to the classes of the test, `source.protocol` says what it sees of them.
 """
+
+import dataclasses
 
 import jax
 import numpy as np
 
 from distillfss_jax import datasets, parallel
-from distillfss_jax.data import augment, episodes, pipeline
+from distillfss_jax.data import augment, core, episodes, pipeline
 from distillfss_jax.evaluators import episodes as scoring
 from distillfss_jax.evaluators.base import over_seeds, together
 from distillfss_jax.tasks import base
@@ -15,6 +18,21 @@ from distillfss_jax.types import Episode
 from distillfss_jax.workdir import pictures
 
 _PALETTE = ((0, 0, 0), (230, 159, 0))
+
+# What training and test have to do with each other.
+PROTOCOLS = {
+  'apart': '',
+  'released': (
+    'protocol released: shots to adapt by are drawn anew from all images that '
+    'are tested, and checkpoints chosen by the test'
+  ),
+  'fixed': (
+    'protocol fixed: each class has the same shots in training and in all '
+    'episodes, and no image of their pixels is tested'
+  ),
+}
+METRICS = ('class_miou', 'fb_iou', 'reference_batch')
+CHOSEN_BY = ('test', 'leave_one_out')
 
 
 class Data(base.Data):
@@ -29,8 +47,8 @@ class Data(base.Data):
 
   def __init__(self, config):
     source, name = config.source, config.data.name
-    module = datasets.module(name)
-    if not hasattr(module, 'pool'):
+    check_words(config)
+    if source.protocol == 'apart' and not has_episodes(name):
       found = (x for x in datasets.names() if has_episodes(x))
       raise ValueError(
         f'{name} has no episodes to train on; these have: {", ".join(found)}'
@@ -40,10 +58,13 @@ class Data(base.Data):
       augment.get(x) for x in (source.recipe, source.support_recipe)
     ]
     args = config.data.args
-    self.train = module.pool(part='train', **args)
+    part, tested_part = source.parts
+    self.train = pool_of(name, part, args)
     # What an image also shows matters to training alone.
     tested = {k: False if k == 'exclusive' else v for k, v in args.items()}
-    self.held_out = module.pool(part='test', **tested)
+    if source.test_data:
+      tested = {k: v for k, v in tested.items() if k == 'data_dir'}
+    self.held_out = pool_of(source.test_data or name, tested_part, tested)
     self.places = scoring.places_of(source.test_recipe, exact=source.test_exact)
     known, classes = len(self.train.classes), config.model.fields.get('classes')
     if classes not in (None, 1 + known):
@@ -52,7 +73,10 @@ class Data(base.Data):
         f'classes here, {1 + known} with background'
       )
     shots = config.support.shots
-    self.draw = episodes.Random(self.train, shots, source.rule)
+    self.supports = self._fixed(config)
+    self.draw = episodes.Random(
+      self.train, shots, source.rule, self.supports, source.pairs
+    )
     self.tables = {
       seed: episodes.listed(
         self.held_out,
@@ -60,6 +84,7 @@ class Data(base.Data):
         rule=source.test_rule,
         count=source.tests,
         seed=seed,
+        supports=self.supports,
       )
       for seed in (source.test_seed, *source.test_seeds)
     }
@@ -73,12 +98,83 @@ class Data(base.Data):
     }
     self.classes, self.size = self.held_out.classes, source.tests
     self.per_epoch = len(self.draw) / source.batch_size
+    self.left_out = None  # episodes of the shots alone
+    if source.chosen_by == 'leave_one_out' and config.eval.keep_best:
+      if self.supports is None:
+        raise ValueError(
+          "config.source.chosen_by='leave_one_out' leaves out shots that are "
+          "always the same: take config.source.protocol='fixed'"
+        )
+      self.left_out = episodes.leave_one_out(self.supports)
+
+  def _fixed(self, config):
+    """The shots of each class, which are then no part of what is tested."""
+    if config.source.protocol != 'fixed':
+      return None
+    if self.train.classes != self.held_out.classes:
+      raise ValueError(
+        "config.source.protocol='fixed' tests the classes that it adapts to; "
+        f'source.parts={tuple(config.source.parts)} have others'
+      )
+    shots = config.support.shots
+    found = episodes.supports(self.train, shots=shots, seed=config.support.seed)
+    # One source for both, so that the numbers of images mean the same.
+    source = core.Joined(self.train.source, self.held_out.source)
+    told = core.contents(source)
+    pairs = self.held_out.pairs + np.array([len(self.train.source), 0])
+    self.held_out = core.without(
+      dataclasses.replace(
+        self.held_out, source=source, pairs=pairs.astype(np.int32)
+      ),
+      {told[i] for i in found.ravel()},
+    )
+    return found
 
   def ids(self):
     """The episodes that are tested; what is trained on is drawn."""
     named = episodes.by_name(self.held_out, self.table)
     trained = self.train.source.ids, self.train.pairs
-    return {'test': named, 'digest': base.digest_of(*trained, named)}
+    ids = {'test': named, 'digest': base.digest_of(*trained, named)}
+    if self.supports is not None:
+      ids['support'] = {
+        name: [self.train.source.ids[i] for i in row]
+        for name, row in zip(self.train.classes, self.supports, strict=True)
+      }
+    return ids
+
+
+def check_words(config):
+  """Raises ValueError for a choice of `config.source` that there is not."""
+  for key, known in (
+    ('protocol', tuple(PROTOCOLS)),
+    ('metric', METRICS),
+    ('chosen_by', CHOSEN_BY),
+  ):
+    if config.source[key] not in known:
+      raise ValueError(
+        f'config.source.{key} is {config.source[key]!r}; there are: '
+        f'{", ".join(known)}'
+      )
+  parts = tuple(config.source.parts)
+  same = len(set(parts)) == 1 and not config.source.test_data
+  if config.source.protocol == 'apart' and same:
+    raise ValueError(
+      f'config.source.parts={parts} trains on what is tested: say so with '
+      "config.source.protocol='released', or take 'fixed'"
+    )
+  metric, batch = config.source.metric, config.source.reference_batch
+  if metric == 'reference_batch' and not batch:
+    raise ValueError(
+      "config.source.metric='reference_batch' needs "
+      'config.source.reference_batch, how many episodes count together'
+    )
+
+
+def pool_of(name: str, part: str, args) -> core.Pool:
+  """What episodes of a dataset are drawn from; of any dataset its classes."""
+  if has_episodes(name):
+    return datasets.module(name).pool(part=part, **args)
+  return core.pool_of(datasets.load(name, **args), part)
 
 
 def has_episodes(name: str) -> bool:
@@ -94,7 +190,7 @@ class Task(base.Task):
 
   def __init__(self, config, *args):
     super().__init__(config, *args)
-    data, roles = self.data, self.program.roles
+    data = self.data
     has_base = 'base' in self.program.beside
     if config.source.generalised and not has_base:
       raise ValueError(
@@ -109,21 +205,49 @@ class Task(base.Task):
       )
     pool, known = data.held_out, data.train
     places = data.places if config.eval.native else None
-    found = [scoring.of_class(pool, roles)]
-    if places:
-      found.append(scoring.of_class(pool, roles, size='native', places=places))
+    found = self._found(pool, places)
     if has_base:
       found.append(scoring.of_base(pool, known, places=places))
     self.evaluators = self._each(data.tables, found)
     general = [scoring.generalised(pool, known, places=places)]
     self.general = self._each(data.general_tables, general)
+    self.chooser = None
+    if data.left_out is not None:
+      [metric] = self._found(known, None)[:1]
+      protocol = dataclasses.replace(
+        metric.protocol,
+        name='leave_one_out',
+        says='each shot in turn as the query of the others of its class',
+      )
+      found = [dataclasses.replace(metric, protocol=protocol)]
+      tables = {0: data.left_out}
+      [self.chooser] = self._each(tables, found, known).values()
 
-  def _each(self, tables, found):
+  def _found(self, pool, places):
+    """What is counted of an episode's class, the metric that chooses first."""
+    source, roles = self.config.source, self.program.roles
+    found = [scoring.of_class(pool, roles)]
+    if places:
+      found.append(scoring.of_class(pool, roles, size='native', places=places))
+    if source.metric == 'fb_iou':
+      found = [_first_column(metric, 'fb_iou') for metric in found]
+    if source.reference_batch:
+      released = scoring.of_batches(
+        pool,
+        roles,
+        batch=source.reference_batch,
+        classes=source.reference_classes,
+      )
+      first = source.metric == 'reference_batch'
+      found = [released, *found] if first else [*found, released]
+    return [_saying(x, PROTOCOLS[source.protocol]) for x in found]
+
+  def _each(self, tables, found, pool=None):
     """An evaluator for each list of episodes, by its seed."""
     config = self.config
     return {
       seed: scoring.Episodes(
-        self.data.held_out,
+        self.data.held_out if pool is None else pool,
         table,
         self.program.memorize,
         self.program.predict,
@@ -179,7 +303,9 @@ class Task(base.Task):
     return together(found, scored(self.general)) if self.general else found
 
   def validate(self, state):
-    """On the way one seed must do."""
+    """On the way one seed must do, or the shots alone."""
+    if self.chooser:
+      return self.chooser.run(self.variables(state), self.program.roles)
     first = next(iter(self.evaluators.values()))
     return first.run(self.variables(state), self.program.roles)
 
@@ -257,3 +383,20 @@ class Task(base.Task):
         palette=_PALETTE,
         below=(shots,),
       )
+
+
+def _first_column(metric, name):
+  """A metric whose tables, and choices, have another column first."""
+  columns = metric.protocol.columns
+  columns = {name: columns[name], **columns}
+  protocol = dataclasses.replace(metric.protocol, columns=columns)
+  return dataclasses.replace(metric, protocol=protocol)
+
+
+def _saying(metric, more):
+  """A metric whose protocol says more."""
+  if not more:
+    return metric
+  says = f'{metric.protocol.says}; {more}'
+  protocol = dataclasses.replace(metric.protocol, says=says)
+  return dataclasses.replace(metric, protocol=protocol)
