@@ -221,6 +221,42 @@ def test_others_have_no_episodes(prepared):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  ('name', 'arg'),
+  [
+    ('deepglobe', 'fixed'),
+    ('isic', 'released'),
+    ('isic', 'fixed'),
+    ('chestxray', 'fixed'),
+    ('fss1000', 'released'),
+    ('nucleus', 'fixed'),
+  ],
+)
+def test_ifa_goes_to_another_domain(name, arg, prepared, tmp_path):
+  """Source training on PASCAL, adaptation, test: from the owners' files."""
+  place = tmp_path / 'data'
+  place.mkdir()
+  for dataset in {'pascal', name}:
+    (place / dataset).symlink_to(prepared(dataset) / dataset)
+  get_config = importlib.import_module('configs.ifa').get_config
+  config = get_config(f'target={name},smoke')
+  config.data.args.data_dir, config.data.args.min_area = str(place), 1
+  first = train.run(config, tmp_path / 'source')
+  config = get_config(f'target={name},stage=adapt,protocol={arg},smoke')
+  config.data.args.data_dir = str(place)
+  config.model.init = str(tmp_path / 'source')
+  results = train.run(config, tmp_path / 'run')
+  for found in (first, results):
+    assert np.isfinite(found['test']['teacher']['fb_iou'])
+  assert f'protocol {arg}' in results['evaluations']['test']['says']
+  before = results['references']['untrained']['teacher']['fb_iou']
+  if arg == 'fixed':
+    assert np.isfinite(before)
+  else:  # of the same episodes, by the same weights
+    assert before == pytest.approx(first['test']['teacher']['fb_iou'], abs=0.3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('name', TREES)
 def test_a_smoke_run_of_its_config(name, prepared, tmp_path):
   data_dir = prepared(name)
