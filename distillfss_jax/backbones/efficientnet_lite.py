@@ -283,7 +283,7 @@ class EfficientNetLite(base.Backbone):
   def compared(self) -> tuple[tuple[int, layers.BatchNorm], ...]:
     """See `base.Staged`."""
     before = len(self.blocks) - sum(self.depths)
-    ends = before + np.cumsum(self.depths) - 1
+    ends = (before + np.cumsum(self.depths) - 1).tolist()
     norms = [self.blocks[i].project.bn for i in ends]
     return tuple(zip(self.channels, norms, strict=True))
 
