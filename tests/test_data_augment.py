@@ -14,7 +14,7 @@ from PIL import Image
 from distillfss_jax.data import augment, transforms
 
 MEAN = augment.MEAN_COLOUR
-STILL = ('none', 'stretch', 'fit', 'polyp')  # no chance in these
+STILL = ('none', 'stretch', 'fit', 'polyp', 'polyp_soft')  # no chance in these
 CHANCE = tuple(name for name in augment.names() if name not in STILL)
 # The labels that a recipe may bring in.
 FILLS = {
@@ -550,7 +550,11 @@ def test_recipes_make_no_new_labels(name, rows, columns, size, seed):
   assert made[0].shape == (size, size, 3)
   assert made[1].shape == (size, size)
   assert made[0].dtype == made[1].dtype == np.uint8
-  assert set(np.unique(made[1])) <= {*np.unique(label), *FILLS[name]}
+  if augment.is_soft(name):  # shares, and void where there was some
+    assert (255 in made[1]) <= (255 in label)
+    assert made[1].any() <= np.isin(label, (1, 255)).any()
+  else:
+    assert set(np.unique(made[1])) <= {*np.unique(label), *FILLS[name]}
   assert all(x.flags.c_contiguous for x in made)
 
 
@@ -570,6 +574,8 @@ def test_image_and_label_move_together(name):
   image = np.repeat(label[..., None] * 255, 3, axis=2)
   for seed in range(8):
     made = run(augment.get(name), image, label, 128, seed=seed)
+    if augment.is_soft(name):
+      made = made[0], np.where(made[1] == 255, 255, made[1] > 127)
     known = made[1] != 255
     # Colours shift by 71 of 255 at most.
     agree = (made[0][..., 0] > 102) == (made[1] == 1)
@@ -713,3 +719,18 @@ def test_the_table():
     augment.get('bam', fill=3)
   with pytest.raises(ValueError, match="'none' has no fill; it has: no fields"):
     augment.get('none', fill=3)
+
+
+def test_soft_labels_are_shares_of_label_one():
+  """A border between two pixels; half of one, at a third of the size."""
+  label = np.zeros((6, 6), np.uint8)
+  label[:, :3] = 1
+  image = np.zeros((6, 6, 3), np.uint8)
+  _, same = run(augment.get('polyp_soft'), image, label, 6)
+  np.testing.assert_array_equal(same, np.where(label == 1, augment.SOFT, 0))
+  _, small = run(augment.get('polyp_soft'), image, label, 3)
+  assert (small[:, 0] > small[:, 1]).all()
+  assert abs(int(small[1, 1]) - augment.SOFT // 2) <= 1
+  label[:, 5] = 255
+  _, void = run(augment.get('polyp_soft'), image, label, 6)
+  assert (void[:, 5] == 255).all()

@@ -65,7 +65,7 @@ def test_errors_are_one_line(tmp_path):
   said = error(prepare('--dataset', 'nucleus', '--raw', raw, *place))
   assert bad in said
   assert 'BBBC038' in error(prepare('--dataset', 'nucleus', *place))
-  assert 'there are: chestxray, ' in error(
+  assert 'there are: camvid, chestxray, ' in error(
     prepare('--dataset', 'nukleus', *place)
   )
   skipped = prepare('--dataset', 'nucleus', '--raw', raw, *place, '--skip_bad')
