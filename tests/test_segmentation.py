@@ -94,6 +94,7 @@ def test_released_attnfd_trains_its_connectors_first(tmp_path):
       np.testing.assert_array_equal(two[path], one[path])
 
 
+@pytest.mark.slow
 def test_repaired_attnfd_trains_all_together(tmp_path):
   paths = moved(
     taught('attnfd', '', 'recipe=repaired'), tmp_path / 'one', tmp_path, 1
@@ -124,15 +125,22 @@ def test_a_teacher_is_a_run_of_the_same_data(tmp_path):
   for key in ('pixel_accuracy', 'frequency_weighted_iou'):
     here, there = results['test']['teacher'][key], own['test']['student'][key]
     assert here == pytest.approx(there, abs=1e-6)
-
-  # It was trained without attention, which then stays as drawn.
-  train.run(taught('attnfd', tmp_path / 'teacher'), tmp_path / 'attends')
   other = taught('attnfd', tmp_path / 'teacher', 'distiller=kd')
   with other.unlocked():
     other.data.name = 'synthetic'
     other.data.args = ConfigDict({'num_train': 8, 'num_test': 2})
   with pytest.raises(ValueError, match=r"its config.data.name is 'scenes'"):
     train.run(other, tmp_path / 'other')
+
+
+@pytest.mark.slow
+def test_a_teacher_without_attention_keeps_what_is_drawn(tmp_path):
+  train.run(small('deeplab'), tmp_path / 'teacher')
+  train.run(taught('attnfd', tmp_path / 'teacher'), tmp_path / 'attends')
+  assert any(
+    path.startswith('frozen/teacher/attention/')
+    for path in runs.state(tmp_path / 'attends', 4)
+  )
 
 
 def test_a_file_of_the_original_is_a_teacher(tmp_path):
