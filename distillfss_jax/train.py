@@ -446,7 +446,7 @@ class _Job:
 def _chosen_on_tests(extra, scored):
   """What a reader has to know of scores that chose their own checkpoint."""
   best = extra.get('best')
-  if best and not best['chosen_on'].startswith('validation'):
+  if best and best['chosen_on'] in {x.name for x in scored.protocols}:
     yield (
       f'the checkpoint, of step {best["step"]}, was chosen by {best["by"]} on '
       f'the test images ({best["chosen_on"]}): these scores are better than '

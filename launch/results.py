@@ -47,7 +47,9 @@ class Run:
     self.place = self.kind, self.backbone, self.shots, self.draw
     chosen = (results or {}).get('checkpoint')
     chosen = chosen.get('chosen_on') if isinstance(chosen, dict) else None
-    self.on_tests = bool(chosen) and not str(chosen).startswith('validation')
+    # Shots that are left out are no test images, either.
+    apart = ('validation', 'leave_one_out')
+    self.on_tests = bool(chosen) and not str(chosen).startswith(apart)
 
 
 def kind_of(config: dict) -> tuple[str, str]:

@@ -404,6 +404,7 @@ def test_a_run_adapts(tmp_path, protocol):
   supports = ids.get('support', {})
   if protocol == 'fixed':
     assert results['checkpoint']['chosen_on'] == 'leave_one_out'
+    assert not any('chosen by' in note for note in results['notes'])
     for row in ids['test']:
       assert row['support'] == supports[row['class']]
     known = {x for row in supports.values() for x in row}

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from distillfss_jax import distillers, models
+from distillfss_jax import distillers, layers, models
 from distillfss_jax.models import base as model_base
 from distillfss_jax.ops import losses, resize, together
 from distillfss_jax.pretrained import weights
@@ -145,7 +145,7 @@ class Segmentation(base.System):
     # Parity: the original's running statistics drift, but nothing reads them.
     normalise = functools.partial(by_batch, moves=False)
     if self.statistics == 'running':
-      normalise = _by_running
+      normalise = layers.by_running
     keys = None
     if self.noise:
       keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(items.keys)
@@ -183,10 +183,6 @@ class Segmentation(base.System):
     return {
       role: Prediction(nets[role].answer(images).logits) for role in roles
     }
-
-
-def _by_running(norm, x):
-  return norm(x)
 
 
 def _parts(path, model):
