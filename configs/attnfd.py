@@ -65,7 +65,7 @@ def _taught(config, arg, attention, released):
   """Sets a teacher and a distiller."""
   common.deeplab(config.teacher, arg.teacher_backbone, attention=attention)
   config.teacher.init = arg.teacher
-  config.distiller.name = arg.distiller
+  common.distiller(config, arg.distiller)
   # Parity: with a teacher, nothing is dropped after ASPP.
   config.model.fields.dropout = (0.0, 0.5, 0.1)
   config.teacher.fields.dropout = (0.0, 0.5, 0.1)

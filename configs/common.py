@@ -156,6 +156,34 @@ def segmentation(config: ConfigDict) -> ConfigDict:
   return config
 
 
+# What each distiller of distillfss_jax/distillers can be told, and its default.
+DISTILLERS = {
+  'ad': {'weight': 1000.0},
+  'aicsd': {'weight': 9500.0, 'logits': 10.0, 'released': True},
+  'attnfd': {'weight': 2.0, 'norm': 'batch'},
+  'cirkd': {
+    'logits': 1.0, 'batch': 1.0, 'pixels': 0.1, 'regions': 0.1,
+    'temperature': 0.1, 'queued_pixels': 20000, 'queued_regions': 2000,
+    'drawn_pixels': 4096, 'drawn_regions': 1024, 'released': True,
+  },
+  'dist': {'weight': 1.0, 'between': 1.0, 'within': 1.0, 'temperature': 1.0},
+  'ickd': {'weight': 1.0},
+  'kd': {'weight': 1.0, 'temperature': 1.0, 'mean': 'pixels'},
+  'kdas': {
+    'weight': 0.3, 'temperature': 2.0, 'mode': 'released', 'guide': 'mse',
+  },
+  'lad': {'weight': 1.0},
+  'overhaul': {'weight': 1e-5},
+  'sp': {'weight': 10.0, 'part': 0.5},
+}  # fmt: skip
+
+
+def distiller(config: ConfigDict, name: str) -> None:
+  """Sets a distiller with all that flags can change of it."""
+  config.distiller.name = name
+  config.distiller.fields = ConfigDict(DISTILLERS[name])
+
+
 def deeplab(model: ConfigDict, backbone: str, *, attention: str) -> None:
   """Sets DeepLabv3+ at output stride 16, as AttnFD has it."""
   model.name = 'deeplab'

@@ -39,7 +39,7 @@ def get_config(arg=None):
     config.teacher.name = 'polyp_pvt'
     config.teacher.backbone.name = 'pvt_v2_b2'
     config.teacher.init = arg.teacher
-    config.distiller.name = arg.distiller
+    common.distiller(config, arg.distiller)
   if arg.distiller == 'kdas':
     config.loss.labels = 0.7
     config.distiller.fields.update(mode=arg.recipe, guide=arg.guide)

@@ -1,6 +1,7 @@
 """Every experiment loads, says what it takes, and names what exists."""
 
 import importlib
+import inspect
 import json
 import os
 import pathlib
@@ -11,8 +12,16 @@ import sys
 import pytest
 
 from configs import common
-from distillfss_jax import backbones, datasets, systems, tasks, train
+from distillfss_jax import (
+  backbones,
+  datasets,
+  distillers,
+  systems,
+  tasks,
+  train,
+)
 from distillfss_jax import config as configs
+from distillfss_jax.distillers import base as distillers_base
 from distillfss_jax.pretrained import weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -578,3 +587,20 @@ def test_a_backbone_that_stays_random_is_warned_about(caplog):
   config = load('demo', 'smoke')  # trains its backbone
   weights.load(config, systems.build(config, 1)[0], {})
   assert not caplog.text
+
+
+def test_flags_reach_all_of_a_distiller():
+  """The table of the configs has what the constructors have, as they do."""
+  assert set(common.DISTILLERS) == set(distillers.names())
+  for name, fields in common.DISTILLERS.items():
+    module = importlib.import_module(f'distillfss_jax.distillers.{name}')
+    [kind] = [
+      x
+      for x in vars(module).values()
+      if isinstance(x, type) and x.__module__ == module.__name__
+      and issubclass(x, distillers_base.Distiller)
+    ]  # fmt: skip
+    known = inspect.signature(kind.__init__).parameters.values()
+    assert fields == {
+      x.name: x.default for x in known if x.default is not x.empty
+    }
