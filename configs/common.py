@@ -149,6 +149,8 @@ def segmentation(config: ConfigDict) -> ConfigDict:
   config.teacher.init = ''  # a run, a file or a name
   config.teacher.statistics = 'running'  # | batch, of its batch norms
   config.teacher.noise = False  # whether its dropout acts
+  # GB of host memory for its answers, where it says the same at each step.
+  config.teacher.keep_gb = 8.0
   config.distiller = ConfigDict()
   config.distiller.name = 'none'  # a file of distillfss_jax/distillers
   config.distiller.fields = ConfigDict()  # for its constructor

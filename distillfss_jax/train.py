@@ -240,6 +240,7 @@ class _Job:
       if self._tests_at(step) and extra.get('tested') != step:
         self._validate(step, state, extra)  # it was stopped before it could
       return state
+    shared = task.shared(state)
     feed = feeding.Feed(
       iterator,
       task.as_batch,
@@ -249,11 +250,10 @@ class _Job:
       most=min(config.log_every, self.steps),
     )
     with contextlib.closing(feed):
-      return self._steps(state, step, feed, extra, clock)
+      return self._steps(state, shared, step, feed, extra, clock)
 
-  def _steps(self, state, step, feed, extra, clock):
+  def _steps(self, state, shared, step, feed, extra, clock):
     config = self.config
-    shared = self.task.shared(state)
     progress = None
     begin = time.monotonic()
     pace, logs = None, _unpack(extra.pop('pending', None))

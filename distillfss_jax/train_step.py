@@ -28,6 +28,8 @@ class Program:
   shared: variables, *arrays -> what all steps read.
   memorize: variables, Support -> memory.
   predict: variables, memory, images, roles -> {role: Prediction}.
+  teach: variables, images -> what a batch may bring of its teacher's answers;
+    None where these differ from step to step.
   dispatch: state, shared, batches, places, count -> state, logs. Batches are
     [t, b, ...] over t steps, of which `count` are taken; places [t, b] int32
     are the numbers of the items in their batch, -1 for padding. Logs are
@@ -44,6 +46,7 @@ class Program:
   shared: Callable
   memorize: Callable
   predict: Callable
+  teach: Callable | None
   dispatch: Callable
   rows: Callable
   roles: tuple[str, ...]
@@ -117,6 +120,9 @@ def build(
       ),
       static_argnums=3,
     ),
+    teach=jax.jit(lambda variables, images: module(variables).teach(images))
+    if system.teaches
+    else None,
     dispatch=parallel.mapped(
       functools.partial(_dispatch, step), mesh, cut={2: 1, 3: 1}, donate=(0,)
     ),

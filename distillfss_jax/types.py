@@ -85,10 +85,13 @@ class Dense:
 
   images [b, H, W, 3] uint8, labels [b, H, W] uint8: 0..n, or void; where they
   are soft, 0..SOFT, or void.
+  taught: what the system's `teach` has said of the images; () where it has to
+    ask at each step.
   """
 
   images: Array
   labels: Array
+  taught: Any = ()
 
 
 @flax.struct.dataclass

@@ -734,3 +734,18 @@ def test_soft_labels_are_shares_of_label_one():
   label[:, 5] = 255
   _, void = run(augment.get('polyp_soft'), image, label, 6)
   assert (void[:, 5] == 255).all()
+
+
+@pytest.mark.parametrize('name', augment.names())
+def test_fixed_recipes_have_no_chance(name):
+  """Of an image, ten times: the same iff the recipe is said to be fixed."""
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (40, 50, 3), np.uint8)
+  label = rng.integers(0, 2, (40, 50), np.uint8)
+  made = {
+    augment.get(name)(np.random.default_rng(seed), image, label, 32)[
+      0
+    ].tobytes()
+    for seed in range(10)
+  }
+  assert (len(made) == 1) == augment.is_fixed(name)

@@ -12,11 +12,13 @@ import jax
 import numpy as np
 import pytest
 import test_throwaway as runs
+from flax import nnx
 from ml_collections import ConfigDict
 
 from distillfss_jax import config as configs
 from distillfss_jax import params, systems, train
 from distillfss_jax.pretrained import archive, weights
+from distillfss_jax.systems import segmentation
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -219,6 +221,60 @@ def test_partition_of_the_released_optimiser():
   assert counts == {1.0: 11_176_612, 10.0: 5_431_869}
 
 
+@pytest.mark.slow
+def test_a_teacher_that_stands_still_is_asked_once(tmp_path, monkeypatch):
+  """And what is learnt is the same."""
+  config = small('kdas')
+  taken = []
+  whole = segmentation.Segmentation._taught
+
+  def counted(self, images, *batch):
+    taken.append(bool(batch))
+    return whole(self, images, *batch)
+
+  monkeypatch.setattr(segmentation.Segmentation, '_taught', counted)
+  train.run(config, tmp_path / 'kept')
+  assert taken
+  assert not any(taken)  # never within a step
+  with config.unlocked():
+    config.teacher.keep_gb = 0.0
+  train.run(config, tmp_path / 'asked')
+  assert any(taken)
+  kept, asked = (runs.losses(tmp_path / x) for x in ('kept', 'asked'))
+  assert kept.keys() == asked.keys()
+  for step, loss in asked.items():
+    assert kept[step] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('arg', 'teaches'),
+  [
+    ('distiller=kd', True),
+    ('distiller=attnfd', False),  # norms of the batch, and dropout
+    ('distiller=attnfd,recipe=repaired', True),
+    ('distiller=none', False),
+  ],
+)
+def test_which_teachers_stand_still(arg, teaches):
+  system, draw = systems.build(small('attnfd', arg), 2)
+  assert system.teaches == teaches
+  if not teaches:
+    return
+  graph, abstract = nnx.split(system)
+  images = jax.ShapeDtypeStruct((3, 64, 64, 3), np.uint8)
+  [answer] = jax.eval_shape(
+    lambda variables, x: nnx.merge(
+      graph, params.replace(abstract, variables)
+    ).teach(x),
+    jax.eval_shape(draw),
+    images,
+  )
+  read = {name for name, x in vars(answer).items() if x is not None}
+  assert read == set(system.distiller.reads)
+  for x in jax.tree.leaves(answer):
+    assert x.shape[0] == 3
+
+
 class Killed(BaseException):
   """As if by a signal that cannot be heard."""
 
@@ -255,7 +311,10 @@ def work(folder, name, arg, processes, process, address):
     from distillfss_jax import parallel
 
     parallel.start(address, processes, process)
-  train.run(small(name, *filter(None, (arg,))), folder)
+  config = small(name, *filter(None, (arg,)))
+  with config.unlocked():  # eight devices have an image each
+    config.dense.batch_size, config.data.args.num_train = 8, 16
+  train.run(config, folder)
 
 
 def start(folder, name, arg, devices, processes=1, process=0, address=''):
@@ -284,7 +343,7 @@ def test_devices_and_processes_change_nothing(name, arg, tmp_path):
   runs.finish([start(tmp_path / 'alone', name, arg, 1)])
   one = runs.losses(tmp_path / 'alone')
   state = runs.state(tmp_path / 'alone', 4)
-  for devices, processes in ((2, 1), (4, 1), (1, 2)):
+  for devices, processes in ((2, 1), (8, 1), (1, 2)):
     folder = tmp_path / f'{devices}_{processes}'
     with socket.socket() as s:
       s.bind(('127.0.0.1', 0))

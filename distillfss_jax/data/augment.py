@@ -412,6 +412,11 @@ def is_soft(name):
   return name.startswith('polyp_soft')
 
 
+def is_fixed(name):
+  """Whether a recipe gives the same of a record each time: it has no chance."""
+  return name in ('none', 'stretch', 'fit', 'polyp', 'polyp_soft')
+
+
 def names():
   """Lists the recipes."""
   return tuple(RECIPES)

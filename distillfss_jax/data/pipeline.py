@@ -372,7 +372,12 @@ class _Augmented:
     image, label = self.recipe(
       generator, record['image'], record['label'], self.size
     )
-    return {'images': image, 'labels': label, 'valid': np.bool_(True)}
+    return {
+      'images': image,
+      'labels': label,
+      'valid': np.bool_(True),
+      'index': np.int64(i),
+    }
 
 
 def training_images(
@@ -392,7 +397,7 @@ def training_images(
 
   Returns:
     grain IterDataset of dicts: images uint8 [B, S, S, 3], labels uint8
-    [B, S, S], valid bool [B], True.
+    [B, S, S], valid bool [B], True, index int64 [B] into the source.
   """
   part, parts = _checked_shard(batch_size, shard)
   batches = (

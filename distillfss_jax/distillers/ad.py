@@ -18,6 +18,8 @@ FEATURE = 'decoder'
 class AD(base.Distiller):
   """The term 'attention'; `weight` is its weight."""
 
+  reads = ('features',)
+
   def __init__(self, teacher, student, *, weight=1000.0):
     base.check('ad', teacher, student, features=(FEATURE,))
     self.weight = weight

@@ -32,6 +32,8 @@ class AICSD(base.Distiller):
     released: see the module's docstring.
   """
 
+  reads = ('logits',)
+
   def __init__(self, *, weight=9500.0, logits=10.0, released=True):
     self.weight, self.logits, self.released = weight, logits, released
 

@@ -29,6 +29,8 @@ class AttnFD(base.Distiller):
     rngs: of the initialisation.
   """
 
+  reads = ('attended',)
+
   def __init__(self, teacher, student, *, weight=2.0, norm='batch', rngs):
     base.check('attnfd', teacher, student, attended=True)
     if norm not in NORMS:

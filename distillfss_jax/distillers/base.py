@@ -7,6 +7,7 @@ channels) and state (queues of what they saw).
 """
 
 import abc
+import dataclasses
 import types
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -31,7 +32,19 @@ class Terms(NamedTuple):
 
 
 class Distiller(nnx.Module):
-  """See the module's docstring."""
+  """See the module's docstring.
+
+  Attributes:
+    reads: fields of a teacher's `Answer` that are read.
+  """
+
+  reads: tuple[str, ...]
+
+  def read(self, taught: Answer) -> Answer:
+    """The part of a teacher's answer that is read; the rest is None."""
+    fields = dataclasses.fields(Answer)
+    left = {x.name: None for x in fields if x.name not in self.reads}
+    return taught.replace(**left)
 
   @abc.abstractmethod
   def __call__(

@@ -47,6 +47,8 @@ class CIRKD(base.Distiller):
     rngs: of the initialisation.
   """
 
+  reads = ('logits', 'features')
+
   def __init__(
     self,
     teacher,

@@ -26,6 +26,8 @@ class DIST(base.Distiller):
     temperature: of the probabilities.
   """
 
+  reads = ('logits',)
+
   def __init__(self, *, weight=1.0, between=1.0, within=1.0, temperature=1.0):
     self.between, self.within = weight * between, weight * within
     self.temperature = temperature

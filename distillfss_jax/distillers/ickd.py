@@ -14,6 +14,8 @@ from distillfss_jax.distillers import base
 class ICKD(base.Distiller):
   """The term 'classes'; `weight` is its weight."""
 
+  reads = ('logits',)
+
   def __init__(self, *, weight=1.0):
     self.weight = weight
 

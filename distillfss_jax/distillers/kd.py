@@ -21,6 +21,8 @@ class KD(base.Distiller):
     mean: of `MEANS`.
   """
 
+  reads = ('logits',)
+
   def __init__(self, *, weight=1.0, temperature=1.0, mean='pixels'):
     if mean not in MEANS:
       raise ValueError(

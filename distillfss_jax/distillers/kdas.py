@@ -35,6 +35,8 @@ class KDAS(base.Distiller):
     guide: of `GUIDES`, how symmetric maps are compared.
   """
 
+  reads = ('sides',)
+
   def __init__(
     self,
     teacher,

@@ -24,6 +24,8 @@ class LAD(base.Distiller):
     rngs: of the initialisation.
   """
 
+  reads = ('features',)
+
   def __init__(self, teacher, student, *, weight=1.0, rngs):
     base.check('lad', teacher, student, features=(FEATURE,))
     self.weight = weight

@@ -27,6 +27,8 @@ class Overhaul(base.Distiller):
     rngs: of the initialisation.
   """
 
+  reads = ('features',)
+
   def __init__(self, teacher, student, *, weight=1e-5, rngs):
     base.check(
       'overhaul', teacher, student, features=tuple(_SHARES), normed=True

@@ -24,6 +24,8 @@ class SP(base.Distiller):
     part: side of a part, of the map's.
   """
 
+  reads = ('features',)
+
   def __init__(self, teacher, student, *, weight=10.0, part=0.5):
     base.check('sp', teacher, student, features=(FEATURE,))
     self.weight, self.part = weight, part

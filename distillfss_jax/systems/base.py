@@ -41,6 +41,9 @@ class System(nnx.Module):
       together.
     updates: the optimiser's updates of a batch, one after the other; `losses`
       is told which.
+    teaches: whether a teacher says the same of an image at each step: a task
+      whose images stay as they are may ask `teach` once, and put the answers
+      into its batches.
   """
 
   ways: int
@@ -51,6 +54,7 @@ class System(nnx.Module):
   stacked: tuple[str, ...] = ()
   coupled: bool = False
   updates: tuple[Any, ...] = (None,)
+  teaches: bool = False
 
   @abc.abstractmethod
   def losses(self, shared: Any, batch: Any, items: Items) -> Losses:
@@ -65,6 +69,11 @@ class System(nnx.Module):
   def memorize(self, support: Support) -> Any:
     """What `predict` needs of a support set; None where there is none."""
     del support
+
+  def teach(self, images: Array) -> Any:
+    """What `losses` reads of a teacher's answers; a pytree of [b, ...]."""
+    del images
+    return ()
 
   def shared(self, *arrays: Array) -> Any:
     """What all steps read, made once; () for nothing."""

@@ -61,6 +61,8 @@ class Segmentation(base.System):
     self.loss = loss.to_dict()
     self.statistics, self.noise = statistics, noise
     self.updates = tuple(sizes) or (None,)
+    # Norms of a batch, or dropout, make it another answer at each step.
+    self.teaches = teacher is not None and not noise and statistics == 'running'
 
   def sets(self):
     """All but the teacher's is the student's; and the model's own sets."""
@@ -108,12 +110,12 @@ class Segmentation(base.System):
       labels = jnp.where(labels == VOID, VOID, (masks > 0.5).astype(jnp.int32))
     elif self.loss['name'] == 'structure':
       masks = (labels == 1).astype(jnp.float32)
+    images = _sized(images, items.update)
     if items.update is not None:
-      size = (items.update, items.update)
-      # Parity: corners are aligned, and soft masks are resized like images.
-      images = resize.bilinear(images, size)
+      # Parity: soft masks are resized like images.
       if masks is not labels:
-        masks = resize.bilinear(masks[..., None], size)[..., 0]
+        masks = _sized(masks[..., None], items.update)[..., 0]
+      size = (items.update, items.update)
       labels = resize.nearest(labels[..., None], size)[..., 0]
 
     def by_batch(norm, x, **how):
@@ -125,7 +127,10 @@ class Segmentation(base.System):
     }
     seen = {}
     if self.distiller is not None:
-      taught = self._taught(images, items, by_batch)
+      if batch.taught:
+        taught = batch.taught[self.updates.index(items.update)]
+      else:
+        taught = self._taught(images, items, by_batch)
       terms = self.distiller(taught, learnt, labels, items, self.teacher)
       each |= terms.added
       seen = terms.seen
@@ -140,18 +145,23 @@ class Segmentation(base.System):
     x = model_base.centred(images / 255, model.backbone)
     return model.answer(x, keys=keys, normalise=normalise)
 
-  def _taught(self, images, items, by_batch) -> Answer:
+  def teach(self, images):
+    """The teacher's answers, one for each update; see `System.teaches`."""
+    images = images.astype(jnp.float32)
+    return tuple(
+      self._taught(_sized(images, update)) for update in self.updates
+    )
+
+  def _taught(self, images, items=None, by_batch=None) -> Answer:
     """The teacher's answer; what its norms have seen stays as it is."""
     # Parity: the original's running statistics drift, but nothing reads them.
-    normalise = functools.partial(by_batch, moves=False)
-    if self.statistics == 'running':
-      normalise = layers.by_running
-    keys = None
+    normalise, keys = layers.by_running, None
+    if self.statistics == 'batch':
+      normalise = functools.partial(by_batch, moves=False)
     if self.noise:
       keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(items.keys)
-    return jax.lax.stop_gradient(
-      self._answer(self.teacher, images, keys, normalise)
-    )
+    answer = self._answer(self.teacher, images, keys, normalise)
+    return jax.lax.stop_gradient(self.distiller.read(answer))
 
   def _labels(self, answer: Answer, labels: Array, masks: Array, items):
     """[b], what labels say."""
@@ -183,6 +193,14 @@ class Segmentation(base.System):
     return {
       role: Prediction(nets[role].answer(images).logits) for role in roles
     }
+
+
+def _sized(images, side):
+  """Images of an update; None for their own size."""
+  if side is None:
+    return images
+  # Parity: corners are aligned.
+  return resize.bilinear(images, (side, side))
 
 
 def _parts(path, model):

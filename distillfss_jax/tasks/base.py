@@ -81,7 +81,7 @@ class Task(abc.ABC):
     """Of an element of `batches`: the batch, and [b] bool what counts."""
 
   def shared(self, state: TrainState) -> Any:
-    """What all steps read, on all devices."""
+    """What all steps read, on all devices; made before the first batch is."""
     del state
     return ()
 

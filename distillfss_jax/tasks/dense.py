@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from absl import logging
 
-from distillfss_jax import datasets
+from distillfss_jax import datasets, parallel
 from distillfss_jax.data import augment, core, mask_meaning, pipeline
 from distillfss_jax.evaluators import metrics
 from distillfss_jax.evaluators.base import Beside, Protocol, joined
@@ -18,6 +19,7 @@ from distillfss_jax.evaluators.images import Images, ShortSide
 from distillfss_jax.evaluators.saliency import Saliency
 from distillfss_jax.tasks import base
 from distillfss_jax.types import SOFT, VOID, Dense
+from distillfss_jax.workdir import writer
 
 COLUMNS = {
   'miou': 'mIoU',
@@ -226,19 +228,76 @@ class Task(base.Task):
     return _Tests(source, name, square, short, more)
 
   def batches(self):
-    config = self.config
+    processes = jax.process_count()
+    return self._read(
+      self.config.dense.batch_size // processes,
+      shard=(jax.process_index(), processes),
+      workers=self.config.data.workers,
+    )
+
+  def _read(self, batch_size, **how):
     return pipeline.training_images(
       self.data.train,
       self.data.recipe,
-      image_size=config.data.image_size,
-      batch_size=config.dense.batch_size // jax.process_count(),
-      seed=config.seed,
-      workers=config.data.workers,
-      shard=(jax.process_index(), jax.process_count()),
+      image_size=self.config.data.image_size,
+      batch_size=batch_size,
+      seed=self.config.seed,
+      **how,
     )
 
+  def shared(self, state):
+    """Nothing; but a teacher that can be asked once for all is asked here."""
+    config, data, m = self.config, self.data, len(self.data.train)
+    self._taught = None
+    again = self.steps * config.dense.batch_size > m
+    fixed = augment.is_fixed(config.dense.recipe)
+    if self.program.teach is None or not (again and fixed):
+      return ()
+    side = config.data.image_size
+    shapes = jax.eval_shape(
+      self.program.teach,
+      self.variables(state),
+      jax.ShapeDtypeStruct((m, side, side, 3), np.uint8),
+    )
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    fits = size <= config.teacher.keep_gb * 1e9
+    logging.info(
+      "the teacher's answers to %d images are %.2f GB, and "
+      'config.teacher.keep_gb is %g: %s',
+      len(data.train),
+      size / 1e9,
+      config.teacher.keep_gb,
+      'they are kept' if fits else 'it is asked at each step',
+    )
+    if fits:
+      self._taught = self._ask(state, shapes)
+    return ()
+
+  def _ask(self, state, shapes):
+    """What the teacher says of all training images, arrays of the host.
+
+    Each process asks for all of them: it does not know which it will read.
+    """
+    mesh, m = parallel.mesh(local=True), len(self.data.train)
+    variables = parallel.replicate(self.variables(state), mesh)
+    kept = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
+    progress = writer.Progress(m, noun='taught image')
+    done = 0
+    for batch in self._read(self.config.dense.batch_size, shard=(0, 1)):
+      images, at = parallel.share(batch['images'], mesh), batch['index']
+      said = self.program.teach(variables, images)
+      jax.tree.map(lambda x, some, at=at: x.__setitem__(at, some), kept, said)
+      done += len(at)
+      progress.update(min(done, m))
+      if done >= m:  # an epoch has each image once
+        return kept
+
   def as_batch(self, element):
-    return Dense(element['images'], element['labels']), element['valid']
+    batch = Dense(element['images'], element['labels'])
+    if self._taught is not None:
+      at = element['index']
+      batch = batch.replace(taught=jax.tree.map(lambda x: x[at], self._taught))
+    return batch, element['valid']
 
   def test(self, state, show=()):
     """All evaluations; what is written of single images lies in the folder."""
@@ -281,17 +340,7 @@ class Task(base.Task):
 
   def show_begin(self):
     """Some images as the first steps see them."""
-    batch = next(
-      iter(
-        pipeline.training_images(
-          self.data.train,
-          self.data.recipe,
-          image_size=self.config.data.image_size,
-          batch_size=min(10, len(self.data.train)),
-          seed=self.config.seed,
-        )
-      )
-    )
+    batch = next(iter(self._read(min(10, len(self.data.train)))))
     labels = batch['labels']
     if self.data.soft:
       labels = np.where(labels == VOID, VOID, labels > SOFT // 2)
