@@ -1,17 +1,14 @@
 """Dense networks in the one loop: alone, and with a teacher and a distiller."""
 
+import functools
 import json
-import os
 import pathlib
 import re
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-import test_throwaway as runs
+import several
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -64,7 +61,7 @@ def moved(config, folder, tmp_path, upto):
   with made.unlocked():
     made.steps = upto
   train.run(made, folder)
-  state = runs.state(folder, upto)
+  state = several.state(folder, upto)
   _, draw = systems.build(made, 2)
   start = jax.device_get(draw())
   return {
@@ -81,7 +78,10 @@ def test_released_attnfd_trains_its_connectors_first(tmp_path):
   assert all(path.startswith('distiller/connectors/') for path in first)
   whole = small('attnfd', 'teacher=')
   train.run(whole, tmp_path / 'two')
-  one, two = runs.state(tmp_path / 'one', 2), runs.state(tmp_path / 'two', 4)
+  one, two = (
+    several.state(tmp_path / 'one', 2),
+    several.state(tmp_path / 'two', 4),
+  )
   same = {
     path
     for path, x in one.items()
@@ -111,11 +111,11 @@ def test_repaired_attnfd_trains_all_together(tmp_path):
 
 def test_a_teacher_is_a_run_of_the_same_data(tmp_path):
   train.run(small('deeplab'), tmp_path / 'teacher')
-  before = runs.state(tmp_path / 'teacher', 4)
+  before = several.state(tmp_path / 'teacher', 4)
   results = train.run(
     taught('attnfd', tmp_path / 'teacher', 'distiller=kd'), tmp_path / 'run'
   )
-  after = runs.state(tmp_path / 'run', 4)
+  after = several.state(tmp_path / 'run', 4)
   for path, x in before.items():
     kind, _, name = path.partition('/')
     if name.startswith('model/'):
@@ -141,7 +141,7 @@ def test_a_teacher_without_attention_keeps_what_is_drawn(tmp_path):
   train.run(taught('attnfd', tmp_path / 'teacher'), tmp_path / 'attends')
   assert any(
     path.startswith('frozen/teacher/attention/')
-    for path in runs.state(tmp_path / 'attends', 4)
+    for path in several.state(tmp_path / 'attends', 4)
   )
 
 
@@ -240,7 +240,7 @@ def test_a_teacher_that_stands_still_is_asked_once(tmp_path, monkeypatch):
     config.teacher.keep_gb = 0.0
   train.run(config, tmp_path / 'asked')
   assert any(taken)
-  kept, asked = (runs.losses(tmp_path / x) for x in ('kept', 'asked'))
+  kept, asked = (several.losses(tmp_path / x) for x in ('kept', 'asked'))
   assert kept.keys() == asked.keys()
   for step, loss in asked.items():
     assert kept[step] == pytest.approx(loss, rel=1e-4)
@@ -275,10 +275,6 @@ def test_which_teachers_stand_still(arg, teaches):
     assert x.shape[0] == 3
 
 
-class Killed(BaseException):
-  """As if by a signal that cannot be heard."""
-
-
 CASES = [('attnfd', ''), ('attnfd', 'distiller=cirkd'), ('kdas', '')]
 IDS = ['attnfd', 'cirkd', 'kdas']
 
@@ -288,78 +284,34 @@ IDS = ['attnfd', 'cirkd', 'kdas']
 def test_killed_it_goes_on(name, arg, tmp_path, monkeypatch):
   config = small(name, *filter(None, (arg,)))
   results = train.run(config, tmp_path / 'whole')
-  seen = train._Job._check_finite
-
-  def dies(self, step, log):
-    seen(self, step, log)
-    if step >= 3:
-      raise Killed
-
-  monkeypatch.setattr(train._Job, '_check_finite', dies)
-  with pytest.raises(Killed):
-    train.run(config, tmp_path / 'killed')
-  monkeypatch.setattr(train._Job, '_check_finite', seen)
-  assert train.run(config, tmp_path / 'killed')['test'] == results['test']
-  whole = runs.state(tmp_path / 'whole', 4)
-  for path, x in runs.state(tmp_path / 'killed', 4).items():
-    np.testing.assert_array_equal(x, whole[path], err_msg=path)
+  again = several.killed_and_restarted(
+    config, tmp_path / 'killed', 3, monkeypatch
+  )
+  assert again['test'] == results['test']
+  several.check_equal(tmp_path / 'killed', tmp_path / 'whole', 4)
 
 
-def work(folder, name, arg, processes, process, address):
-  """A run of one process, in a program of its own."""
-  if processes > 1:
-    from distillfss_jax import parallel
-
-    parallel.start(address, processes, process)
+def of_devices(name, arg):
+  """A config whose batch eight devices can share."""
   config = small(name, *filter(None, (arg,)))
-  with config.unlocked():  # eight devices have an image each
+  with config.unlocked():
     config.dense.batch_size, config.data.args.num_train = 8, 16
-  train.run(config, folder)
-
-
-def start(folder, name, arg, devices, processes=1, process=0, address=''):
-  environment = dict(
-    os.environ,
-    JAX_PLATFORMS='cpu',
-    XLA_FLAGS=f'--xla_force_host_platform_device_count={devices} '
-    '--xla_backend_optimization_level=0',
-    PYTHONPATH=os.pathsep.join([str(HERE), str(ROOT)]),
-  )
-  arguments = (str(folder), name, arg, processes, process, address)
-  code = f'import test_segmentation; test_segmentation.work(*{arguments!r})'
-  return subprocess.Popen(
-    [sys.executable, '-c', code],
-    env=environment,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
+  return config
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('name', 'arg'), CASES, ids=IDS)
 def test_devices_and_processes_change_nothing(name, arg, tmp_path):
   """Norms of a whole batch, statistics and queues are those of one device."""
-  runs.finish([start(tmp_path / 'alone', name, arg, 1)])
-  one = runs.losses(tmp_path / 'alone')
-  state = runs.state(tmp_path / 'alone', 4)
+  run = functools.partial(
+    several.run_on,
+    make='test_segmentation:of_devices',
+    arguments=(name, arg),
+  )
+  run(tmp_path / 'alone')
   for devices, processes in ((2, 1), (8, 1), (1, 2)):
     folder = tmp_path / f'{devices}_{processes}'
-    with socket.socket() as s:
-      s.bind(('127.0.0.1', 0))
-      address = f'127.0.0.1:{s.getsockname()[1]}'
-    runs.finish(
-      [
-        start(folder, name, arg, devices, processes, i, address)
-        for i in range(processes)
-      ]
+    run(folder, devices=devices, processes=processes)
+    several.check_close(
+      folder, tmp_path / 'alone', 4, loss=1e-3, rtol=2e-2, atol=2e-3
     )
-    other = runs.losses(folder)
-    assert one.keys() == other.keys()
-    for step, loss in one.items():
-      assert other[step] == pytest.approx(loss, rel=1e-3)
-    ours = runs.state(folder, 4)
-    for path, x in state.items():
-      np.testing.assert_allclose(
-        ours[path], x, rtol=2e-2, atol=2e-3, err_msg=path
-      )

@@ -1,19 +1,14 @@
 """A system of a file of its own trains through the one loop, unchanged."""
 
-import json
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+import several
 
 from configs import common
 from distillfss_jax import systems, train
-from distillfss_jax.workdir import checkpoint
 
 HERE = pathlib.Path(__file__).resolve().parent
 STEPS = 8
@@ -46,47 +41,20 @@ def known(monkeypatch):
   monkeypatch.setattr(systems, '__path__', places)
 
 
-def state(folder, step=STEPS):
-  leaves = checkpoint.load(folder / 'checkpoints')
-  assert int(leaves['step']) == step
-  return leaves
-
-
-def losses(folder):
-  lines = (folder / 'metrics.jsonl').read_text().splitlines()
-  rows = [json.loads(line) for line in lines]
-  return {row['step']: row['train/loss'] for row in rows if 'train/loss' in row}
-
-
-class Killed(BaseException):
-  """As if by a signal that cannot be heard."""
-
-
 def test_it_trains_is_killed_and_goes_on(known, tmp_path, monkeypatch):
   results = train.run(config(), tmp_path / 'whole')
   assert set(results['evaluations']) == {'test', 'test_native'}
   assert 'miou_with_background' in results['test']['student']
   assert results['checkpoint']['chosen_on'] == 'validation'
   assert results['steps'] == STEPS
-  whole = state(tmp_path / 'whole')
+  whole = several.state(tmp_path / 'whole', STEPS)
 
-  seen = train._Job._check_finite
-
-  def dies(self, step, log):
-    seen(self, step, log)
-    if step >= 5:
-      raise Killed
-
-  monkeypatch.setattr(train._Job, '_check_finite', dies)
-  with pytest.raises(Killed):
-    train.run(config(), tmp_path / 'killed')
-  monkeypatch.setattr(train._Job, '_check_finite', seen)
-  again = train.run(config(), tmp_path / 'killed')
+  again = several.killed_and_restarted(
+    config(), tmp_path / 'killed', 5, monkeypatch
+  )
   assert again['test'] == results['test']
   assert again['checkpoint'] == results['checkpoint']
-  for path, x in state(tmp_path / 'killed').items():
-    np.testing.assert_array_equal(x, whole[path], err_msg=path)
-  assert losses(tmp_path / 'killed') == losses(tmp_path / 'whole')
+  several.check_equal(tmp_path / 'killed', tmp_path / 'whole', STEPS)
 
   # Two updates a step: the queue has moved twice, in turn at both sizes.
   assert (whole['buffers/queue'] != 0).any(1).all()
@@ -102,7 +70,7 @@ def checkpoint_of_first_step(tmp_path):
     made.epochs, made.steps, made.eval.every = 0.0, 1, 0
     made.eval.keep_best = False
   train.run(made, tmp_path / 'one')
-  one = state(tmp_path / 'one', 1)
+  one = several.state(tmp_path / 'one', 1)
   system, draw = systems.build(made, 2)
   initial = jax.device_get(draw())
   assert system.coupled
@@ -122,50 +90,19 @@ def checkpoint_of_first_step(tmp_path):
   return one
 
 
-def work(folder, processes, process, address):
-  """A run of one process, in a program of its own."""
-  if processes > 1:
-    from distillfss_jax import parallel
-
-    parallel.start(address, processes, process)
+def config_of_a_process():
+  """The same, where the throw-away system is not known yet."""
   systems.__path__.append(str(HERE / 'throwaway'))
-  train.run(config(), folder)
+  return config()
 
 
-def start(folder, devices, processes=1, process=0, address=''):
-  environment = dict(
-    os.environ,
-    JAX_PLATFORMS='cpu',
-    XLA_FLAGS=f'--xla_force_host_platform_device_count={devices} '
-    '--xla_backend_optimization_level=0',  # compiles faster
-    PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]),
-  )
-  arguments = (str(folder), processes, process, address)
-  code = f'import test_throwaway; test_throwaway.work(*{arguments!r})'
-  return subprocess.Popen(
-    [sys.executable, '-c', code],
-    env=environment,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
-
-
-def finish(jobs):
-  try:
-    for job in jobs:
-      said, _ = job.communicate(timeout=600)
-      assert job.returncode == 0, said[-3000:]
-  finally:
-    for job in jobs:
-      job.kill()
-      job.communicate()
+MAKE = 'test_throwaway:config_of_a_process'
 
 
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory):
   folder = tmp_path_factory.mktemp('alone') / 'run'
-  finish([start(folder, 1)])
+  several.run_on(folder, MAKE)
   return folder
 
 
@@ -181,19 +118,6 @@ def test_devices_and_processes_change_nothing(
   alone, tmp_path, devices, processes
 ):
   """Batch statistics, norms and queues are those of the whole batch."""
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{s.getsockname()[1]}'
   folder = tmp_path / 'run'
-  finish(
-    [start(folder, devices, processes, i, address) for i in range(processes)]
-  )
-  one, other = losses(alone), losses(folder)
-  assert one.keys() == other.keys()
-  for step, loss in one.items():
-    assert other[step] == pytest.approx(loss, rel=1e-4)
-  ours, theirs = state(folder), state(alone)
-  for path, x in theirs.items():
-    np.testing.assert_allclose(
-      ours[path], x, rtol=2e-3, atol=2e-4, err_msg=path
-    )
+  several.run_on(folder, MAKE, devices=devices, processes=processes)
+  several.check_close(folder, alone, STEPS, loss=1e-4, rtol=2e-3, atol=2e-4)
