@@ -28,8 +28,10 @@ from distillfss_jax.distillers import (
   overhaul,
   sp,
 )
+from distillfss_jax.evaluators import saliency
 from distillfss_jax.models import deeplab, polyp_pvt
 from distillfss_jax.ops import conv, losses, resize
+from distillfss_jax.ops.saliency import soft_dice
 from distillfss_jax.systems.segmentation import Segmentation
 from distillfss_jax.types import SOFT, VOID, Answer, Dense, Items
 
@@ -722,6 +724,17 @@ def test_golden_kdas(shared):
   half = jnp.full_like(attended, 0.5)
   kl = kdas.released_kl(jnp.abs(attended), half).mean()
   assert kl == pytest.approx(theirs['kl_const_abs'], rel=1e-4)
+  # The Dice that its log has, of the first image's answer at another size.
+  y, x = np.mgrid[:100, :120]
+  mask = (y - 47) ** 2 + (x - 40) ** 2 < 625
+  _, sums = saliency.maps(
+    learnt.logits[:1], np.int32([mask.shape]), mask[None].astype(np.uint8)
+  )
+  shared_, marked, there = (float(x) for x in sums[0])
+  exact, rounded = theirs['train_dice']
+  assert soft_dice(shared_, marked, there) == rounded
+  found = (2 * shared_ + 1) / (marked + there + 1)
+  assert found == pytest.approx(exact, rel=1e-4)
 
 
 def test_the_released_attention_of_kdas_moves_nothing():
