@@ -66,6 +66,7 @@ def base() -> ConfigDict:
   config.eval.native = True  # also score at the images' own size
   config.eval.untrained = False  # also score the initial model
   config.eval.panels = 8  # test images to show
+  config.eval.calibration = False  # also score how sure it is
   return config
 
 
@@ -481,6 +482,8 @@ def few_views(config: ConfigDict, *, look: str) -> None:
     # colour | recolour | polarity: see LOOKS in systems/finetune.py; auto: the
     # best on held-out annotated images.
     config.views.look = look
+    # What logits are divided by; 0: what held-out annotated images ask for.
+    config.views.temperature = 0.0 if look == 'auto' else 1.0
     config.views.size = 128  # of a view, in pixels
     config.views.sides = (96.0, 384.0)  # of a whole image in a view
   # Of up to twenty images each is seen as often as each of five in 300 steps.
@@ -489,7 +492,7 @@ def few_views(config: ConfigDict, *, look: str) -> None:
   config.optim.lr, config.optim.trainable = 2e-3, ('decoder',)
   config.optim.schedule, config.optim.warmup = 'cosine', '20'
   config.eval.batch_size = 8
-  config.eval.brightness = True
+  config.eval.brightness = config.eval.calibration = True
 
 
 def baseline(config: ConfigDict, name: str, shots: int) -> None:

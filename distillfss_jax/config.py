@@ -49,6 +49,7 @@ ADDED: dict[str, Any] = {
   'eval.short_side': False,
   'eval.saliency': False,
   'eval.masks': False,
+  'eval.calibration': False,
   'dense.select': 'validation',
   'source.test_seeds': [],
   'support.ids': [],
@@ -64,6 +65,8 @@ ADDED: dict[str, Any] = {
   'source.reference_classes': 0,
   'source.chosen_by': 'test',
   'support.seed': 0,
+  'teacher.keep_gb': 0.0,
+  'views.temperature': 1.0,
 }
 # Those of `ADDED` that only configs with a group 'dense' have.
 _OF_DENSE = ('eval.short_side', 'eval.saliency', 'eval.masks')
@@ -102,8 +105,8 @@ def read_file(path: str | os.PathLike) -> dict[str, Any]:
   return defined
 
 
-# A value that the run chooses, of these keys; its folder then has the choice.
-OPEN, CHOSEN = 'auto', ('views.look',)
+# What leaves a key open: the run chooses, and its folder has the choice.
+CHOSEN = {'views.look': 'auto', 'views.temperature': 0.0}
 
 _NOTHING = object()  # equal to no value
 
@@ -277,7 +280,7 @@ def differences(
   return [
     f'{key} was {said(before, key)}, is {said(now, key)}'
     for key in sorted(before)
-    if not (key in CHOSEN and now.get(key) == OPEN)
+    if not (key in CHOSEN and now.get(key) == CHOSEN[key])
     and before[key] != now.get(key, ADDED.get(key, _NOTHING))
   ]
 

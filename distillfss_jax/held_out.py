@@ -1,11 +1,13 @@
-"""Choices that a config leaves open ('auto'), made on annotated images.
+"""Choices that a config leaves open, made on annotated images.
 
 The annotated images are cut in two. What learns from one part is scored on the
 other: as those images are, and in other colours and polarities, for the images
 to come may differ from the few that there are. Few images tell little apart:
 of all choices within one standard error of the best, that is taken which is
 blind to most (the rule of Breiman et al., 1984, section 3.4.3): it has least
-to fear from what the few do not show. No test image is looked at.
+to fear from what the few do not show. The held-out images also tell how sure
+the model may be: by which temperature its logits are divided. No test image is
+looked at.
 """
 
 import dataclasses
@@ -24,10 +26,12 @@ from distillfss_jax import files, parallel, train_step
 from distillfss_jax.ops import views
 from distillfss_jax.ops.metrics import Confusion
 from distillfss_jax.systems import finetune
-from distillfss_jax.types import Table
+from distillfss_jax.types import VOID, Table
 from distillfss_jax.workdir import writer
 
+LOOK, TEMPERATURE = configs.CHOSEN
 STEPS, TOGETHER = 100, 10  # of a try; of a dispatch
+_EVERY = 3  # row and column whose pixel says how sure a model is
 _VIEWS = 'as they are', 'recoloured'
 RECOLOURED = 3  # times that a held-out image is scored in other colours
 # Every one of them is in other colours.
@@ -43,26 +47,28 @@ def decide(config, data, workdir: pathlib.Path):
     workdir: the run's folder; `held_out.json` there tells the scores.
   """
   values = configs.flat(config)
-  [key] = configs.CHOSEN
-  if values.get(key) != configs.OPEN:
+  asked = [k for k, x in configs.CHOSEN.items() if values.get(k, '') == x]
+  if not asked:
     return config
-  candidates = tuple(finetune.LOOKS)
-  scores = {}
+  looks = tuple(finetune.LOOKS) if LOOK in asked else (values[LOOK],)
   saved = workdir / 'config.json'
   if saved.exists():
-    choice = configs.saved(saved)[key]
-  elif len(data.support.images) < 2:
-    choice = candidates[-1]  # nothing to choose by
+    known = configs.saved(saved)
+    return _with(config, {key: known[key] for key in asked})
+  scores, temperature = {}, 1.0
+  if len(data.support.images) < 2:
+    look = looks[-1]  # nothing to choose by
     logging.warning(
-      'config.%s=%s: one annotated image cannot be held out; %s is taken',
-      key, configs.OPEN, choice,
-    )  # fmt: skip
+      'config.%s: one annotated image cannot be held out; %s is taken',
+      ' and config.'.join(asked),
+      {LOOK: look, TEMPERATURE: temperature},
+    )
   else:
-    total = 2 * STEPS * len(candidates)
+    total = 2 * STEPS * len(looks)
     progress = writer.Progress(total, noun='held-out step')
-    for i, x in enumerate(candidates):
+    for i, x in enumerate(looks):
       scores[x] = score(
-        _with(config, {key: x}),
+        _with(config, {LOOK: x, TEMPERATURE: 1.0}),
         data.support,
         data.ways,
         lambda done, i=i: progress.update(2 * STEPS * i + done),
@@ -71,22 +77,24 @@ def decide(config, data, workdir: pathlib.Path):
     least = best['mean'] - best['error']
     near = [i for i, x in enumerate(scores.values()) if x['mean'] >= least]
     # Floats need not agree on all machines of a run.
-    index = parallel.gather(np.int32(near[-1]))[0]
-    choice = candidates[int(index)]
-    if jax.process_index() == 0:
-      print(f'mIoU of held-out annotated images by {key}:\n{_table(scores)}')
+    look = looks[int(parallel.gather(np.int32(near[-1]))[0])]
+    temperature = float(parallel.gather(scores[look]['temperature'])[0])
+  choice = {LOOK: look, TEMPERATURE: temperature}
+  choice = {key: choice[key] for key in asked}
+  if scores and jax.process_index() == 0:
+    print(f'mIoU of held-out annotated images by {LOOK}:\n{_table(scores)}')
+    if LOOK in asked:
       print(
-        f'{key}: {choice}, the last that is no more than one standard error '
+        f'{LOOK}: {look}, the last that is no more than one standard error '
         'below the best',
         flush=True,
       )
-      workdir.mkdir(parents=True, exist_ok=True)
-      files.write_atomically(
-        workdir / 'held_out.json',
-        json.dumps({'key': key, 'choice': choice, 'scores': scores}, indent=2)
-        + '\n',
-      )
-  return _with(config, {key: choice})
+    workdir.mkdir(parents=True, exist_ok=True)
+    files.write_atomically(
+      workdir / 'held_out.json',
+      json.dumps({'choice': choice, 'scores': scores}, indent=2) + '\n',
+    )
+  return _with(config, choice)
 
 
 def score(
@@ -102,7 +110,8 @@ def score(
 
   Returns:
     Means over the images: 'as they are', 'recoloured', and the 'mean' of both
-    with its standard 'error'.
+    with its standard 'error'; and the 'temperature' that their probabilities
+    ask for.
   """
   config = _with(config, {'steps': STEPS, 'epochs': 0.0})
   # Each process by itself, on one device: it is little work.
@@ -112,7 +121,7 @@ def score(
   count = len(support.images)
   kept = count - count // 2
   order = np.concatenate([np.arange(count)[::2], np.arange(count)[1::2]])
-  found = []
+  found, said = [], []
   for number, half in enumerate((order, order[::-1])):
     state = parallel.replicate(program.start(initial), mesh)
     shared = program.shared(
@@ -130,9 +139,11 @@ def score(
       of_image = {name: Confusion.empty(1 + ways) for name in _VIEWS}
       for name, seen in _held_out_views(config.seed, support.images[i], int(i)):
         answer = program.predict(variables, None, seen[None], program.roles)
-        label = np.asarray(answer[program.roles[0]].logits[0].argmax(-1))
+        logits = np.asarray(answer[program.roles[0]].logits[0], np.float32)
+        label = logits.argmax(-1)
         counts = Confusion.of(support.labels[i], label, 1 + ways).counts
         of_image[name].add(counts)
+        said.append(_some_pixels(logits, support.labels[i]))
       found.append([x.miou for x in of_image.values()])
   found = np.array(found, np.float64)
   found = found[np.isfinite(found).all(1)]  # an image may show no class
@@ -140,8 +151,42 @@ def score(
     found = np.zeros((1, len(_VIEWS)))  # nothing to choose by
   scores = dict(zip(_VIEWS, found.mean(0).tolist(), strict=True))
   means = found.mean(1)
+  pixels = (np.concatenate(x) for x in zip(*said, strict=True))
   error = means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else 0.0
-  return {**scores, 'mean': float(means.mean()), 'error': float(error)}
+  return {
+    **scores,
+    'mean': float(means.mean()),
+    'error': float(error),
+    'temperature': fitted_temperature(*pixels),
+  }
+
+
+def _some_pixels(logits, labels):
+  """Logits [k, classes] and labels [k] of every few pixels, void left out."""
+  logits, labels = (x[::_EVERY, ::_EVERY] for x in (logits, labels))
+  some = labels != VOID
+  return logits[some], labels[some].astype(int)
+
+
+def fitted_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+  """What logits are divided by for their least cross-entropy (1706.04599).
+
+  Args:
+    logits: [k, classes].
+    labels: [k].
+
+  Returns:
+    Of the numbers from 1/8 to 8 that are a twelfth of an octave apart.
+  """
+  if not len(labels):
+    return 1.0
+  logits = logits - logits.max(-1, keepdims=True)
+  own = np.take_along_axis(logits, labels[:, None], 1)[:, 0]
+
+  def cross_entropy(t):
+    return np.mean(np.log(np.exp(logits / t).sum(-1)) - own / t)
+
+  return float(min(2.0 ** np.linspace(-3, 3, 73), key=cross_entropy))
 
 
 def _batches(step, views_, images):

@@ -8,6 +8,7 @@ import pytest
 from distillfss_jax.evaluators import base
 from distillfss_jax.evaluators import metrics as evaluation
 from distillfss_jax.ops import metrics, resize
+from distillfss_jax.workdir import pictures
 
 
 @pytest.mark.parametrize('band', [8, 16, 256])
@@ -78,3 +79,26 @@ def test_what_was_never_found_or_never_there_is_said():
   blind, absent = metric.notes('student', counts)
   assert "student predicts no pixel of 'b'" in blind
   assert "no test image shows 'c'" in absent
+
+
+def test_calibration_by_hand():
+  """Ten pixels of background at 0.9, one of them wrong; two of void."""
+  labels = np.array([[[0] * 9 + [1] + [255] * 2]], np.uint8)
+  logits = np.zeros((1, 1, 12, 2), np.float32)
+  logits[..., 0] = np.log(9)
+  metric = evaluation.Calibration('test_confidence')
+  counts = jax.jit(metric.count)(logits, {'labels': labels})
+  assert np.asarray(counts).sum((1, 2)).tolist() == [10 + 9, 1]
+  found = metric.scores(np.asarray(counts, np.int64))
+  assert found['all']['accuracy'] == [0.9]
+  assert found['all']['confidence'] == pytest.approx([0.9], abs=1 / 256)
+  assert found['ece'] == pytest.approx(0, abs=1 / 256)
+  # Where label or prediction is foreground there is the wrong one alone.
+  assert found['foreground']['accuracy'] == [0]
+  assert found['ece_foreground'] == pytest.approx(0.9, abs=1 / 256)
+  nothing = metric.scores(np.zeros((2, metrics.LEVELS, 2), np.int64))
+  assert nothing['ece'] is None
+  assert metrics.calibration_error(
+    {'confidence': [0.2, 1.0], 'accuracy': [0.5, 0.9], 'share': [0.25, 0.75]}
+  ) == pytest.approx(0.25 * 0.3 + 0.75 * 0.1)
+  assert pictures.reliability({'student': found, 'x': nothing}).ndim == 3

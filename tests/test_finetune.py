@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from configs import common
-from distillfss_jax import backbones, config, held_out, systems
+from distillfss_jax import backbones, config, held_out, params, systems
 from distillfss_jax.data import support as support_lib
 from distillfss_jax.models import unet
 from distillfss_jax.ops import losses
@@ -90,7 +90,7 @@ def test_recipes():
   paper = config.load('configs/nucleus.py')
   ours = config.load('configs/nucleus.py:recipe=ours')
   assert (paper.system, ours.system) == ('distillfss', 'finetune')
-  assert ours.views.look == config.OPEN
+  assert ours.views.look == 'auto'
   assert tuple(ours.optim.trainable) == ('decoder',)
   steps = [
     config.load(f'configs/nucleus.py:recipe=ours,shots={n}').steps
@@ -155,15 +155,17 @@ def test_a_choice_is_kept(tmp_path, monkeypatch):
     asked.append(config.views.look)
     tell(held_out.STEPS)
     value = {'colour': 0.2, 'recolour': 0.9, 'polarity': 0.5}[asked[-1]]
-    return {'as they are': value, 'mean': value, 'error': 0.1}
+    return {
+      'as they are': value, 'mean': value, 'error': 0.1, 'temperature': 2.0,
+    }  # fmt: skip
 
   monkeypatch.setattr(held_out, 'score', score)
-  made = _small(look=config.OPEN)
+  made = _small(look='auto')
   chosen = held_out.decide(made, _data(), tmp_path)
   assert asked == ['colour', 'recolour', 'polarity']
-  assert (chosen.views.look, made.views.look) == ('recolour', config.OPEN)
+  assert (chosen.views.look, made.views.look) == ('recolour', 'auto')
   told = json.loads((tmp_path / 'held_out.json').read_text())
-  assert told['choice'] == 'recolour'
+  assert told['choice'] == {'views.look': 'recolour'}
   assert told['scores']['colour']['mean'] == 0.2
 
   (tmp_path / 'config.json').write_text(chosen.to_json_best_effort())
@@ -188,21 +190,23 @@ def test_the_blindest_look_that_is_no_worse(
 ):
   left = iter(means)
   monkeypatch.setattr(
-    held_out, 'score', lambda *_: {'mean': next(left), 'error': 0.1001}
+    held_out,
+    'score',
+    lambda *_: {'mean': next(left), 'error': 0.1001, 'temperature': 1.0},
   )
-  chosen = held_out.decide(_small(look=config.OPEN), _data(), tmp_path)
+  chosen = held_out.decide(_small(look='auto'), _data(), tmp_path)
   assert chosen.views.look == choice
 
 
 def test_one_image_cannot_be_held_out(tmp_path, caplog):
-  chosen = held_out.decide(_small(look=config.OPEN), _data(1), tmp_path)
+  chosen = held_out.decide(_small(look='auto'), _data(1), tmp_path)
   assert chosen.views.look == 'polarity'
   assert 'cannot be held out' in caplog.text
 
 
 def test_auto_is_a_name_elsewhere(tmp_path):
   made = _small()
-  made.name = config.OPEN
+  made.name = 'auto'
   assert held_out.decide(made, _data(), tmp_path) is made
   other = made.copy_and_resolve_references()
   other.name = 'other'
@@ -217,8 +221,57 @@ def test_held_out_images_are_scored(monkeypatch):
   told = []
   found = held_out.score(made, _data().support, 1, told.append)
   assert told == [10, 20, 30, 40]
-  assert set(found) == {'as they are', 'recoloured', 'mean', 'error'}
+  assert set(found) == {
+    'as they are', 'recoloured', 'mean', 'error', 'temperature',
+  }  # fmt: skip
+  assert 1 / 8 < found['temperature'] < 8
   assert 0 < found['error'] < 0.3
   assert found['as they are'] > 0.5  # a square of 12 x 12 is 0.14 of the image
   wanted = (found['as they are'] + found['recoloured']) / 2
   assert found['mean'] == pytest.approx(wanted)
+
+
+def test_a_temperature_is_chosen_by_itself(tmp_path, monkeypatch):
+  """The look is given, and stays; the folder has what was chosen."""
+  asked = []
+
+  def score(config, support, ways, tell):
+    asked.append((config.views.look, config.views.temperature))
+    return {'mean': 0.5, 'error': 0.1, 'temperature': 1.5}
+
+  monkeypatch.setattr(held_out, 'score', score)
+  made = _small(temperature=0.0)
+  chosen = held_out.decide(made, _data(), tmp_path)
+  assert asked == [('polarity', 1.0)]
+  assert (chosen.views.look, chosen.views.temperature) == ('polarity', 1.5)
+  (tmp_path / 'config.json').write_text(chosen.to_json_best_effort())
+  monkeypatch.delattr(held_out, 'score')
+  assert held_out.decide(made, _data(), tmp_path).views.temperature == 1.5
+  alone = held_out.decide(made, _data(1), tmp_path / 'other')
+  assert alone.views.temperature == 1
+
+
+def test_a_temperature_by_hand():
+  """Of a model that says 0.9 and is right 8 times in 10: 0.8 is wanted."""
+  labels = np.repeat([1, 0], [8, 2])
+  logits = np.tile([0.0, np.log(9)], (10, 1))
+  found = held_out.fitted_temperature(logits, labels)
+  assert found == pytest.approx(np.log(9) / np.log(4), rel=0.03)
+  # Always right: as sure as may be.
+  assert held_out.fitted_temperature(logits[:8], labels[:8]) == 1 / 8
+  assert held_out.fitted_temperature(logits[:0], labels[:0]) == 1
+
+
+def test_a_temperature_changes_no_label():
+  made = [systems.build(_small(temperature=t), 1) for t in (1.0, 4.0)]
+  images = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+  one, four = (
+    _answer(system, draw(), images)['student'].logits for system, draw in made
+  )
+  np.testing.assert_allclose(one, 4 * four, rtol=1e-5)
+
+
+def _answer(system, variables, images):
+  graph, abstract = nnx.split(system)
+  module = nnx.merge(graph, params.replace(abstract, variables))
+  return module.predict(images, None, ('student',))

@@ -88,6 +88,32 @@ class ModelSize(Metric):
     return said
 
 
+class Calibration(Metric):
+  """Whether a model is right as often as it is sure, at the model's size."""
+
+  def __init__(self, name: str):
+    self.protocol = Protocol(
+      name,
+      'model',
+      "whether the largest probability of a pixel, at the model's size, is how "
+      'often it is right: expected calibration error over 15 bins of it; of '
+      'foreground: where label or prediction is no background',
+      {'ece_foreground': 'ECE of foreground', 'ece': 'ECE'},
+    )
+
+  def count(self, logits, batch):
+    return metrics.count_confidence(batch['labels'], logits.astype(jnp.float32))
+
+  def scores(self, total):
+    every, foreground = (metrics.reliability(x) for x in total)
+    return {
+      'ece_foreground': metrics.calibration_error(foreground),
+      'ece': metrics.calibration_error(every),
+      'foreground': foreground,
+      'all': every,
+    }
+
+
 class NativeSize(ModelSize):
   """Every pixel at the images' own sizes: the logits are stretched."""
 

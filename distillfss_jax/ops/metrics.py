@@ -21,6 +21,68 @@ def count(labels: jax.Array, predicted: jax.Array, classes: int) -> jax.Array:
   return flat[:-1].reshape(classes, classes).astype(jnp.int32)
 
 
+LEVELS = 256  # of confidence, evenly from 0 to 1
+
+
+def count_confidence(labels: jax.Array, logits: jax.Array) -> jax.Array:
+  """How sure a model is, and how often it is right.
+
+  Args:
+    labels: [b, H, W], integers; void is left out.
+    logits: [b, H, W, classes], background first.
+
+  Returns:
+    int32 [2, LEVELS, 2]: of all pixels, and of those where label or prediction
+    is foreground, by the level of the largest probability, how many there are
+    and how many are right.
+  """
+  labels, found = labels.astype(jnp.int32), logits.argmax(-1)
+  sure = jnp.exp(logits.max(-1) - jax.nn.logsumexp(logits, -1))
+  level = jnp.clip((sure * LEVELS).astype(jnp.int32), 0, LEVELS - 1)
+  some = labels != VOID
+
+  def counted(which):
+    index = jnp.where(which, 2 * level + (labels == found), 2 * LEVELS)
+    flat = jnp.bincount(index.reshape(-1), length=2 * LEVELS + 1)[:-1]
+    wrong, right = flat.reshape(LEVELS, 2).T
+    return jnp.stack([wrong + right, right], 1)
+
+  either = (labels > 0) | (found > 0)
+  return jnp.stack([counted(some), counted(some & either)]).astype(jnp.int32)
+
+
+def reliability(counts: np.ndarray, bins: int = 15) -> dict[str, list]:
+  """What `count_confidence` has found, in bins of equal width (1706.04599).
+
+  Args:
+    counts: [LEVELS, 2], of one kind of pixels.
+    bins: how many.
+
+  Returns:
+    Lists over the bins that have pixels: 'confidence', the mean of the largest
+    probability, to half a level; 'accuracy'; 'share' of the pixels.
+  """
+  middle = (np.arange(LEVELS) + 0.5) / LEVELS
+  of = np.arange(LEVELS) * bins // LEVELS
+  counts = np.asarray(counts, float)
+  n, right = (np.bincount(of, x, bins) for x in counts.T)
+  sure = np.bincount(of, counts[:, 0] * middle, bins)
+  some = n > 0
+  return {
+    'confidence': (sure[some] / n[some]).tolist(),
+    'accuracy': (right[some] / n[some]).tolist(),
+    'share': (n[some] / n.sum()).tolist(),
+  }
+
+
+def calibration_error(found: dict[str, list]) -> float | None:
+  """Expected calibration error of a `reliability`; None of no pixels."""
+  if not found['share']:
+    return None
+  apart = np.abs(np.subtract(found['confidence'], found['accuracy']))
+  return float(np.sum(apart * found['share']))
+
+
 @dataclasses.dataclass
 class Confusion:
   """A confusion matrix over a test set, mergeable: sums first, division last.

@@ -72,13 +72,18 @@ class FineTune(base.System):
     look: how images are read.
     size: side of a view, in pixels.
     geometry: where views lie.
+    temperature: what logits are divided by at test time (1706.04599), so that
+      probabilities say how often a pixel is right; labels stay as they are.
   """
 
   takes, roles, coupled = Table, ('student',), True
 
-  def __init__(self, model, ways, *, look: Look, size: int, geometry):
+  def __init__(
+    self, model, ways, *, look: Look, size: int, geometry, temperature=1.0
+  ):
     self.model, self.ways, self.look = model, ways, look
     self.size, self.geometry = size, geometry
+    self.temperature = temperature
 
   def sets(self):
     return {
@@ -138,7 +143,7 @@ class FineTune(base.System):
     seen = images.astype(jnp.float32) / 255
     if self.look.polar:
       seen = polarity.polar(seen)
-    logits = self._logits(seen)
+    logits = self._logits(seen) / self.temperature
     return {role: Prediction(logits) for role in roles}
 
   def _logits(self, seen, *normalise):
@@ -168,4 +173,5 @@ def build(config, ways, rngs):
     look=LOOKS[known.look],
     size=known.size,
     geometry=views.Geometry(sides=tuple(known.sides)),
+    temperature=known.temperature,
   )

@@ -15,6 +15,7 @@ from distillfss_jax.evaluators.base import Protocol
 from distillfss_jax.systems.base import masks_of
 from distillfss_jax.tasks import base
 from distillfss_jax.types import Support, Table
+from distillfss_jax.workdir import pictures
 
 PROTOCOLS = (
   Protocol(
@@ -30,6 +31,9 @@ PROTOCOLS = (
     'foreground classes',
   ),
 )
+
+
+CALIBRATION = 'test_confidence'
 
 
 class Data(base.Data):
@@ -124,10 +128,11 @@ class Task(base.Task):
     super().__init__(config, *args)
     protocols = PROTOCOLS if config.eval.native else PROTOCOLS[:1]
     kinds = {'model': metrics.ModelSize, 'native': metrics.NativeSize}
+    more = [metrics.Calibration(CALIBRATION)] if config.eval.calibration else []
     self.evaluator = images.Images(
       self.data.dataset.test,
       self.program.predict,
-      [kinds[x.size](self.data.classes, x) for x in protocols],
+      [*(kinds[x.size](self.data.classes, x) for x in protocols), *more],
       image_size=config.data.image_size,
       batch_size=config.eval.batch_size,
       workers=config.data.workers,
@@ -189,6 +194,9 @@ class Task(base.Task):
 
   def show_end(self, scored):
     dataset, indices = self.data.dataset, sorted(scored.shown)
+    if CALIBRATION in scored.scores:
+      picture = pictures.reliability(scored.scores[CALIBRATION])
+      self._write_picture(self.steps, 'reliability', picture)
     if not indices:
       return
     records = pipeline.load_images(

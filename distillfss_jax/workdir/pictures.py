@@ -227,7 +227,6 @@ def histogram(
     counts: {class: images that have it}.
     width: of the picture, pixels.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
   height = max(220, 60 + 18 * len(counts))
@@ -244,9 +243,49 @@ def histogram(
   for plot in (left, right):
     plot.spines[['top', 'right']].set_visible(False)
     plot.tick_params(labelsize=9)
-  drawn = FigureCanvasAgg(figure)
-  drawn.draw()
-  return np.asarray(drawn.buffer_rgba())[..., :3].copy()
+  return _drawn(figure)
+
+
+def reliability(found: Mapping[str, Mapping]) -> np.ndarray:
+  """Returns plots of how often a pixel is right over how sure a model is.
+
+  Args:
+    found: {role: {'foreground' and 'all': {'confidence', 'accuracy', 'share':
+      lists over bins}, 'ece', 'ece_foreground'}}.
+  """
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(8, 4 * len(found)), dpi=100, layout='constrained')
+  rows = figure.subplots(len(found), 2, squeeze=False)
+  for plots, (role, numbers) in zip(rows, found.items(), strict=True):
+    for plot, kind, key in (
+      (plots[0], 'foreground', 'ece_foreground'),
+      (plots[1], 'all', 'ece'),
+    ):
+      bins, error = numbers[kind], numbers[key]
+      plot.plot([0, 1], [0, 1], color='0.7', linewidth=1)
+      plot.plot(
+        bins['confidence'], bins['accuracy'], 'o-', color='0.2', markersize=4
+      )
+      plot.bar(bins['confidence'], bins['share'], 0.04, color='0.85', zorder=0)
+      said = '-' if error is None else f'{error:.3f}'
+      plot.set_title(f'{role}, {kind} pixels: ECE {said}', size=10)
+      plot.set_xlabel('largest probability (bars: share of pixels)')
+      plot.set_ylabel('right')
+      plot.set_xlim(0, 1)
+      plot.set_ylim(0, 1)
+      plot.spines[['top', 'right']].set_visible(False)
+      plot.tick_params(labelsize=9)
+  return _drawn(figure)
+
+
+def _drawn(figure):
+  """A figure's pixels, uint8 [H, W, 3]."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+  canvas = FigureCanvasAgg(figure)
+  canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def save(path: str | os.PathLike, picture: np.ndarray) -> None:
