@@ -25,10 +25,11 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; padding: 0 1em;
   max-width: 1100px; color: #1c1c20; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; }
-table { border-collapse: collapse; margin: .6em 0; }
+table { border-collapse: collapse; margin: .6em 0; display: block;
+  overflow-x: auto; }
 th, td { padding: .2em .8em; text-align: left; border-bottom: 1px solid #ddd; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
-th { cursor: pointer; white-space: nowrap; } th:hover { background: #eee; }
+th { cursor: pointer; vertical-align: bottom; } th:hover { background: #eee; }
 th[aria-sort=ascending]::after { content: " \\2191"; }
 th[aria-sort=descending]::after { content: " \\2193"; }
 pre { background: #f4f4f6; padding: .8em; white-space: pre-wrap; }
@@ -204,7 +205,12 @@ def _scores(results):
       if kind == 'iou' or kind.endswith('_per_class')
     ]
     known = dict.fromkeys(x for _, _, values in each for x in values)
-    heads = [f'{role} {kind.split("_")[0]}' for role, kind, _ in each]
+    named = {'iou': 'IoU', **columns}
+    kinds = [kind.removesuffix('_per_class') for _, kind, _ in each]
+    heads = [
+      f'{role} {named.get(kind, kind)}'
+      for (role, *_), kind in zip(each, kinds, strict=True)
+    ]
     if known:
       yield table(
         ('class', *heads),
