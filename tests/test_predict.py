@@ -3,10 +3,15 @@
 import csv
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import distillfss_jax
@@ -257,6 +262,11 @@ def test_scale_is_the_size_of_windows(monkeypatch):
   assert len(seen) == 4
   with pytest.raises(ValueError, match=r'0\.1 would make windows of 4x4'):
     _model().predict(_scene(100, 100), scale=0.1)
+  with pytest.raises(ValueError, match='8x8 is the least, 8192x8192 the most'):
+    _model().window(1e9)
+  for scale in (0, -1, float('nan'), float('inf')):
+    with pytest.raises(ValueError, match='must be a number above 0'):
+      _model().window(scale)
 
 
 def test_bands_join():
@@ -437,6 +447,72 @@ def test_what_is_there_is_kept(model, pictures, tmp_path, monkeypatch):
   assert contents(out)['masks/a.png'] != before['masks/a.png']
 
 
+def test_what_was_replaced_is_not_mixed_in(model, pictures, tmp_path):
+  """A map that --overwrite did not make anew is made when it is wanted."""
+  out, sure = tmp_path / 'out', outputs.Wanted(confidence=True)
+  run([pictures], out, sure)
+  before = contents(out)
+  run([pictures], out, scale=0.5, overwrite=True)
+  run([pictures], out, sure, scale=0.5)
+  run([pictures], tmp_path / 'other', sure, scale=0.5)
+  assert contents(out) == contents(tmp_path / 'other')
+  assert contents(out)['confidence/a.png'] != before['confidence/a.png']
+
+
+def test_a_damaged_record_is_written_again(model, pictures, tmp_path):
+  out = tmp_path / 'out'
+  run([pictures], out)
+  before = contents(out)
+  for text in ('{', '{}'):
+    (out / 'records' / 'a.json').write_text(text)
+    run([pictures], out)
+    assert contents(out) == before
+
+
+def _start(folder, images, out):
+  """The command on its own, writing everything."""
+  line = [sys.executable, '-m', 'distillfss_jax.predict', folder, images]
+  line += ['--overlay', '--confidence', '--probabilities', 'npy']
+  line += [f'--outlines={x}' for x in outputs.OUTLINES]
+  return subprocess.Popen(
+    [*map(str, line), '--out', str(out)], cwd=ROOT,
+    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+  )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(made, tmp_path):
+  """No file is ever half-written, and all are the same in the end."""
+  folder, *_ = made
+  rng = np.random.default_rng(0)
+  images, whole, out = (tmp_path / x for x in ('images', 'whole', 'out'))
+  images.mkdir()
+  for i in range(60):
+    picture = _scene(*rng.integers(40, 300, 2))
+    kind = ('png', 'jpg', 'tif')[i % 3]
+    Image.fromarray(picture).save(images / f'{i}.{kind}')
+  _, said = _start(folder, images, whole).communicate()
+  assert said.decode().count('error') == 0
+  wanted = contents(whole)
+  kills = 0
+  for _ in range(10):
+    process = _start(folder, images, out)
+    begin = len(list(out.glob('records/*')))
+    while len(list(out.glob('records/*'))) == begin:
+      assert process.poll() is None
+      time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.2))
+    process.kill()
+    kills += process.wait() == -signal.SIGKILL
+    process.stderr.close()
+    for name, found in contents(out).items():
+      hidden = name.rpartition('/')[2].startswith('.')
+      assert hidden or found == wanted[name], name
+  assert kills == 10
+  assert _start(folder, images, out).communicate()[1]
+  assert contents(out) == wanted
+
+
 def test_scores(drawn, model, tmp_path):
   for name in ('images', 'masks'):
     (tmp_path / name).mkdir()
@@ -542,6 +618,8 @@ def test_files_that_are_no_images(model, pictures, tmp_path, capsys):
   assert not (out / 'masks' / 'bad.png').exists()
   assert (out / 'masks' / 'deep' / 'c.png').exists()
   assert 'bad' not in (out / 'predictions.csv').read_text()
+  with pytest.raises(ValueError, match='none of the images can be decoded'):
+    run([bad], tmp_path / 'other', skip_bad=True)
 
 
 def test_no_room(model, pictures, tmp_path, monkeypatch):
@@ -551,6 +629,19 @@ def test_no_room(model, pictures, tmp_path, monkeypatch):
   monkeypatch.setattr(outputs.files, 'write_atomically', full)
   with pytest.raises(OSError, match=r'cannot write into .*another --out'):
     run([pictures], tmp_path / 'out')
+
+
+def test_no_room_for_probabilities(model, pictures, tmp_path, monkeypatch):
+  """They wait in a mapped file, where a write without room kills."""
+
+  def full(*_):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr('os.posix_fallocate', full, raising=False)
+  out = tmp_path / 'out'
+  with pytest.raises(OSError, match=r'cannot write into .*another --out'):
+    run([pictures], out, EVERYTHING)
+  assert sorted(contents(out)) == ['settings.json']
 
 
 def test_devices_that_are_not_there():
