@@ -1,6 +1,7 @@
 """Predicting new images: what is written, kept, refused; from Python, too."""
 
 import csv
+import itertools
 import json
 import shutil
 import signal
@@ -339,6 +340,121 @@ def test_labelme_gives_back_every_pixel():
       found[drawn] = ('x', 'y').index(shape['label']) + 1
     np.testing.assert_array_equal(found, labels)
   assert kinds == {'polygon', 'mask'}
+
+
+def _odd():
+  """A label map [32, 32] of all that is hard to outline."""
+  labels = np.zeros((32, 32), np.uint8)
+  labels[2:14, 2:14] = 1
+  labels[4:12, 4:12] = 0  # a hole, in it the other class with a hole,
+  labels[5:11, 5:11] = 2
+  labels[7:9, 7:9] = 0
+  labels[7, 7] = 1  # and in that a pixel of the first
+  labels[2:14, 18:30] = 2
+  labels[4, 20] = labels[5, 21] = labels[6, 22] = 0  # holes, corner to corner
+  labels[8:10, 18] = labels[13, 24:26] = 1  # bites, filled by the other
+  labels[16, 0] = labels[31, 0] = labels[0, 31] = 1  # single pixels, at sides
+  labels[20, 4] = labels[21, 5] = labels[22, 4] = 2  # corner to corner
+  labels[18:30, 10:12] = labels[18:20, 10:20] = labels[28:30, 10:20] = 1
+  labels[18:30, 18:20] = 1
+  labels[24, 14] = labels[24, 16] = 1
+  labels[16:, 24:] = np.indices((16, 8)).sum(0) % 2 + 1  # a chessboard
+  return labels
+
+
+def _as_seen(images):
+  """Logits that take the red of an image for its label."""
+  return np.eye(3, dtype=np.float32)[images[..., 0].astype(int) // 100] * 9
+
+
+@pytest.fixture
+def outlined(tmp_path, monkeypatch):
+  """A folder of images, that of their outlines, and their label maps."""
+  rng = np.random.default_rng(0)
+  maps = [_odd(), _odd()[::-1], _odd().T, np.zeros((32, 32), np.uint8)]
+  maps += [rng.choice(3, (32, 32), p=(0.3, 0.4, 0.3)) for _ in range(2)]
+  maps = {f'{i}': np.uint8(labels) for i, labels in enumerate(maps)}
+  top, out = tmp_path / 'again', tmp_path / 'out'
+  (top / 'images').mkdir(parents=True)
+  for name, labels in maps.items():
+    image = np.repeat(100 * labels[..., None], 3, -1)
+    Image.fromarray(image).save(top / 'images' / f'{name}.png')
+  colours = ((0, 0, 0), (1, 2, 3), (4, 5, 6))
+  model = segmenter_lib.Segmenter(
+    _as_seen, 32, ('x', 'y'), colours, (32, 32), 'x'
+  )
+  monkeypatch.setattr(predict.sources, 'load', lambda *_, **__: model)
+  run([top / 'images'], out, outputs.Wanted(outlines=outputs.OUTLINES))
+  for name, labels in maps.items():
+    with Image.open(out / 'masks' / f'{name}.png') as mask:
+      np.testing.assert_array_equal(mask, labels)
+  return top, out, maps
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')  # of pycocotools
+def test_coco_as_its_own_tools_read_it(outlined):
+  coco = pytest.importorskip('pycocotools.coco')
+  _, out, maps = outlined
+  made = coco.COCO(out / 'annotations.json')
+  assert [x['name'] for x in made.loadCats(made.getCatIds())] == ['x', 'y']
+  assert len(made.imgs) == len(maps)
+  for number, image in made.imgs.items():
+    labels = maps[image['file_name'].removesuffix('.png')]
+    assert (image['height'], image['width']) == labels.shape
+    found = np.zeros_like(labels)
+    for one in made.loadAnns(made.getAnnIds(imgIds=number)):
+      mask = made.annToMask(one) == 1
+      assert not found[mask].any()
+      found[mask] = one['category_id']
+      rows, columns = np.nonzero(mask)
+      box = (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)
+      assert one['bbox'] == list(box)
+      assert one['area'] == mask.sum()
+    np.testing.assert_array_equal(found, labels)
+
+
+def test_geojson_is_valid_and_gives_back_every_pixel(outlined):
+  """By RFC 7946: rings are closed, the outer one runs anticlockwise."""
+  _, out, maps = outlined
+  for name, labels in maps.items():
+    made = json.loads((out / 'geojson' / f'{name}.geojson').read_text())
+    assert made['type'] == 'FeatureCollection'
+    found, seen = np.zeros_like(labels), set()
+    for feature in made['features']:
+      assert feature['type'] == 'Feature'
+      assert feature['geometry']['type'] == 'Polygon'
+      seen.add(feature['id'])
+      drawn = np.zeros(labels.shape, bool)
+      for i, ring in enumerate(feature['geometry']['coordinates']):
+        assert len(ring) >= 4
+        assert ring[0] == ring[-1]
+        assert (outlines.signed_area(np.array(ring[:-1])) > 0) == (i == 0)
+        for (x, y), (right, down) in itertools.pairwise(ring):
+          assert (x == right) != (y == down)
+          if x == right:  # what lies right of an edge is turned
+            drawn[min(y, down) : max(y, down), x:] ^= True
+      assert not found[drawn].any()
+      kind = feature['properties']['classification']['name']
+      found[drawn] = 1 + ('x', 'y').index(kind)
+    assert len(seen) == len(made['features'])
+    np.testing.assert_array_equal(found, labels)
+
+
+def test_labelme_through_prepare_gives_back_every_pixel(outlined, tmp_path):
+  top, out, maps = outlined
+  shutil.copytree(out / 'labelme', top / 'labels')
+  shutil.copy(out / 'classes.txt', top)
+  folder_dataset.prepare(str(top), tmp_path / 'data', name='again')
+  found = folder_dataset.load(tmp_path / 'data', 'again')
+  assert found.classes == ('x', 'y')
+  labels = {
+    id_: part[i]['label']
+    for part in (found.train, found.test)
+    for i, id_ in enumerate(part.ids)
+  }
+  assert labels.keys() == maps.keys()
+  for name, wanted in maps.items():
+    np.testing.assert_array_equal(labels[name], wanted)
 
 
 def test_geojson():
