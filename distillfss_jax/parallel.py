@@ -216,17 +216,17 @@ def gather_maps(
   shown: dict[int, dict[str, np.ndarray]],
   roles: Sequence[str],
   show: Sequence[int],
-  size: int,
+  shape: tuple[int, ...],
 ) -> dict[int, dict[str, np.ndarray]]:
-  """The label maps that all processes together have; all must ask.
+  """The maps that all processes together have; all must ask.
 
   Args:
-    shown: {test: {role: uint8 [size, size]}} that this process has.
+    shown: {test: {role: uint8 map}} that this process has.
     roles: of each test.
     show: the tests that some process has.
-    size: of the maps.
+    shape: of each map.
   """
-  maps = np.zeros((len(show), len(roles), size, size), np.uint8)
+  maps = np.zeros((len(show), len(roles), *shape), np.uint8)
   seen = np.zeros(len(show), bool)
   for i, index in enumerate(show):
     if index in shown:

@@ -56,6 +56,8 @@ def run(source, given, out, *, wanted, **options):
       out, segmenter, wanted, scale=scale, overwrite=options['overwrite']
     )
     images = _predict(folder, images, options['skip_bad'])
+    if not images:
+      raise ValueError('none of the images can be decoded')
     folder.conclude(images)
     if drawn is None:
       return None
@@ -179,7 +181,8 @@ def main(argv):
     )
   except (ValueError, OSError) as error:
     logging.debug('where it failed', exc_info=True)
-    print(f'error: {error}', file=sys.stderr)
+    # A file's name may have several lines.
+    print('error:', *str(error).splitlines(), file=sys.stderr)
     return 1
   except KeyboardInterrupt:
     print('stopped; the same command goes on', file=sys.stderr)

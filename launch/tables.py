@@ -298,6 +298,11 @@ def page(report: Report) -> str:
   ):
     if some:
       parts += [f'<h2>{title}</h2>', '<ul>', *map(_linked, some), '</ul>']
+  if report.missing:
+    parts += ['<h2>Missing</h2>', '<pre>']
+    for what, line in report.missing:
+      parts += [html.escape(x) for x in (f'# {what}', line) if x]
+    parts.append('</pre>')
   return pages.page('A sweep', parts)
 
 

@@ -155,7 +155,10 @@ def test_golden_scores_of_dense_methods(shared):
 
 @pytest.mark.parametrize('asked', [False, True])
 def test_evaluations_are_named(asked, tmp_path):
-  made = config(eval__short_side=asked, eval__saliency=asked, eval__masks=asked)
+  made = config(
+    eval__short_side=asked, eval__saliency=asked, eval__masks=asked,
+    eval__panels=2 * asked,
+  )  # fmt: skip
   results = train.run(made, tmp_path)
   names = ['test', 'test_native']
   names += ['test_short_side', 'test_saliency'] if asked else []
@@ -179,7 +182,9 @@ def test_evaluations_are_named(asked, tmp_path):
     student = results['test_short_side']['student']
     assert set(student) >= {'miou', 'class_accuracy', 'frequency_weighted_iou'}
     assert results['test_saliency']['student']['maxDic'] > 0
-    assert 'mean Dice' in (tmp_path / 'report.html').read_text()
+    page = (tmp_path / 'report.html').read_text()
+    assert 'mean Dice' in page
+    assert page.count('data-role="confidence"') == 2
 
 
 def of_evaluations(results):

@@ -238,7 +238,7 @@ def test_a_perfect_system_scores_one():
   )
   assert list(found.scores) == ['test', 'test_native', 'test_base']
   assert found.scores['test_native']['final']['miou'] > 0.6
-  assert found.shown[1]['final'].shape == (8, 8)
+  assert found.shown[1]['final'].shape == (2, 8, 8)
   assert found.images == 10
   general = run(
     episodes.generalised(NOVEL, shots=1, count=10),

@@ -9,28 +9,9 @@ import pytest
 from PIL import Image
 
 from distillfss_jax.workdir import report
+from tests import pages
 
 VOID_TAGS = ('meta', 'link', 'img', 'input', 'br')
-RESULTS = {
-  'name': 'demo',
-  'steps': 4,
-  'test_images': 3,
-  'test': {
-    'student': {'miou': 0.5, 'iou': {'a<b': 0.5, 'c': None}},
-    'teacher': {'miou': 0.25, 'iou': {'a<b': 0.25, 'c': 0.1}},
-  },
-  'evaluations': {
-    'test': {'says': 'at the size & so on', 'columns': {'miou': 'mIoU'}}
-  },
-  'references': {
-    'untrained': {'student': {'miou': 0.1}},
-    'brightness': {'miou': 0.2},
-  },
-  'notes': ['a note'],
-  'versions': {'jax': '1.0'},
-  'device': 'cpu',
-  'seconds': {'adapt': 1},
-}
 
 
 class _Reader(html.parser.HTMLParser):
@@ -84,6 +65,7 @@ def _answers(scores):
       {'student': score},
       ('a<b', 'c'),
       palette,
+      {'student': np.full((8, 10), 200, np.uint8)},
     )
     for name, score in scores.items()
   ]
@@ -96,7 +78,7 @@ def page(tmp_path):
   (tmp_path / 'panels').mkdir()
   picture.save(tmp_path / 'panels' / 'support.png')
   answers = _answers({'good': 0.9, 'none': None, 'bad': 0.125})
-  report.write(tmp_path, RESULTS, answers, command='python -m x "<y>"')
+  report.write(tmp_path, pages.RESULTS, answers, command='python -m x "<y>"')
   return (tmp_path / 'report.html').read_text()
 
 
@@ -120,9 +102,10 @@ def test_the_worst_comes_first(page):
   assert names == ['bad', 'good', 'none']
   sliders = [x for x in read(page).attributes if x[1:] == ('type', 'range')]
   assert len(sliders) == 3
-  assert page.count('type="radio"') == page.count('class="over"') == 6
+  assert page.count('type="radio"') == page.count('class="over"') == 9
   assert page.count(' checked>') == 3
   assert 'student 0.125' in page
+  assert 'confidence of the student: 0.33' in page  # of three labels
 
 
 def test_layers_are_seen_through():
@@ -133,3 +116,16 @@ def test_layers_are_seen_through():
   assert found[0, 1].tolist() == [1, 2, 3, 255]
   assert found[1, 0].tolist() == [4, 5, 6, 255]
   assert found[1, 1].tolist() == [128, 128, 128, 255]
+
+
+def test_confidence_in_few_colours():
+  sure = np.arange(128, 256, dtype=np.uint8).reshape(8, 16)
+  data = report._confidence(sure, 0.5)
+  picture = Image.open(io.BytesIO(data))
+  steps = np.asarray(picture)
+  assert steps.min() == 0
+  assert steps.max() == report._STEPS - 1
+  assert (np.diff(steps.ravel().astype(int)) >= 0).all()
+  colours = np.asarray(picture.convert('RGB'))
+  np.testing.assert_array_equal(colours[0, 0], report._scale_colours()[0])
+  np.testing.assert_array_equal(colours[-1, -1], report._scale_colours()[-1])

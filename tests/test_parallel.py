@@ -241,10 +241,10 @@ def test_label_maps_of_all_processes(monkeypatch):
   said = []
   monkeypatch.setattr(parallel, 'gather', lambda x: said.append(x) or x[None])
   for one in maps:
-    parallel.gather_maps(one, ('teacher',), (3, 7), 4)
+    parallel.gather_maps(one, ('teacher',), (3, 7), (4, 4))
   both = [np.stack([said[0], said[2]]), np.stack([said[1], said[3]])]
   monkeypatch.setattr(parallel, 'gather', lambda x: both.pop(0))
-  found = parallel.gather_maps(maps[0], ('teacher',), (3, 7), 4)
+  found = parallel.gather_maps(maps[0], ('teacher',), (3, 7), (4, 4))
   assert (found[3]['teacher'] == 1).all()
   assert (found[7]['teacher'] == 2).all()
 

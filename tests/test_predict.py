@@ -1,12 +1,18 @@
 """Predicting new images: what is written, kept, refused; from Python, too."""
 
 import csv
+import itertools
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import distillfss_jax
@@ -257,6 +263,11 @@ def test_scale_is_the_size_of_windows(monkeypatch):
   assert len(seen) == 4
   with pytest.raises(ValueError, match=r'0\.1 would make windows of 4x4'):
     _model().predict(_scene(100, 100), scale=0.1)
+  with pytest.raises(ValueError, match='8x8 is the least, 8192x8192 the most'):
+    _model().window(1e9)
+  for scale in (0, -1, float('nan'), float('inf')):
+    with pytest.raises(ValueError, match='must be a number above 0'):
+      _model().window(scale)
 
 
 def test_bands_join():
@@ -329,6 +340,121 @@ def test_labelme_gives_back_every_pixel():
       found[drawn] = ('x', 'y').index(shape['label']) + 1
     np.testing.assert_array_equal(found, labels)
   assert kinds == {'polygon', 'mask'}
+
+
+def _odd():
+  """A label map [32, 32] of all that is hard to outline."""
+  labels = np.zeros((32, 32), np.uint8)
+  labels[2:14, 2:14] = 1
+  labels[4:12, 4:12] = 0  # a hole, in it the other class with a hole,
+  labels[5:11, 5:11] = 2
+  labels[7:9, 7:9] = 0
+  labels[7, 7] = 1  # and in that a pixel of the first
+  labels[2:14, 18:30] = 2
+  labels[4, 20] = labels[5, 21] = labels[6, 22] = 0  # holes, corner to corner
+  labels[8:10, 18] = labels[13, 24:26] = 1  # bites, filled by the other
+  labels[16, 0] = labels[31, 0] = labels[0, 31] = 1  # single pixels, at sides
+  labels[20, 4] = labels[21, 5] = labels[22, 4] = 2  # corner to corner
+  labels[18:30, 10:12] = labels[18:20, 10:20] = labels[28:30, 10:20] = 1
+  labels[18:30, 18:20] = 1
+  labels[24, 14] = labels[24, 16] = 1
+  labels[16:, 24:] = np.indices((16, 8)).sum(0) % 2 + 1  # a chessboard
+  return labels
+
+
+def _as_seen(images):
+  """Logits that take the red of an image for its label."""
+  return np.eye(3, dtype=np.float32)[images[..., 0].astype(int) // 100] * 9
+
+
+@pytest.fixture
+def outlined(tmp_path, monkeypatch):
+  """A folder of images, that of their outlines, and their label maps."""
+  rng = np.random.default_rng(0)
+  maps = [_odd(), _odd()[::-1], _odd().T, np.zeros((32, 32), np.uint8)]
+  maps += [rng.choice(3, (32, 32), p=(0.3, 0.4, 0.3)) for _ in range(2)]
+  maps = {f'{i}': np.uint8(labels) for i, labels in enumerate(maps)}
+  top, out = tmp_path / 'again', tmp_path / 'out'
+  (top / 'images').mkdir(parents=True)
+  for name, labels in maps.items():
+    image = np.repeat(100 * labels[..., None], 3, -1)
+    Image.fromarray(image).save(top / 'images' / f'{name}.png')
+  colours = ((0, 0, 0), (1, 2, 3), (4, 5, 6))
+  model = segmenter_lib.Segmenter(
+    _as_seen, 32, ('x', 'y'), colours, (32, 32), 'x'
+  )
+  monkeypatch.setattr(predict.sources, 'load', lambda *_, **__: model)
+  run([top / 'images'], out, outputs.Wanted(outlines=outputs.OUTLINES))
+  for name, labels in maps.items():
+    with Image.open(out / 'masks' / f'{name}.png') as mask:
+      np.testing.assert_array_equal(mask, labels)
+  return top, out, maps
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')  # of pycocotools
+def test_coco_as_its_own_tools_read_it(outlined):
+  coco = pytest.importorskip('pycocotools.coco')
+  _, out, maps = outlined
+  made = coco.COCO(out / 'annotations.json')
+  assert [x['name'] for x in made.loadCats(made.getCatIds())] == ['x', 'y']
+  assert len(made.imgs) == len(maps)
+  for number, image in made.imgs.items():
+    labels = maps[image['file_name'].removesuffix('.png')]
+    assert (image['height'], image['width']) == labels.shape
+    found = np.zeros_like(labels)
+    for one in made.loadAnns(made.getAnnIds(imgIds=number)):
+      mask = made.annToMask(one) == 1
+      assert not found[mask].any()
+      found[mask] = one['category_id']
+      rows, columns = np.nonzero(mask)
+      box = (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)
+      assert one['bbox'] == list(box)
+      assert one['area'] == mask.sum()
+    np.testing.assert_array_equal(found, labels)
+
+
+def test_geojson_is_valid_and_gives_back_every_pixel(outlined):
+  """By RFC 7946: rings are closed, the outer one runs anticlockwise."""
+  _, out, maps = outlined
+  for name, labels in maps.items():
+    made = json.loads((out / 'geojson' / f'{name}.geojson').read_text())
+    assert made['type'] == 'FeatureCollection'
+    found, seen = np.zeros_like(labels), set()
+    for feature in made['features']:
+      assert feature['type'] == 'Feature'
+      assert feature['geometry']['type'] == 'Polygon'
+      seen.add(feature['id'])
+      drawn = np.zeros(labels.shape, bool)
+      for i, ring in enumerate(feature['geometry']['coordinates']):
+        assert len(ring) >= 4
+        assert ring[0] == ring[-1]
+        assert (outlines.signed_area(np.array(ring[:-1])) > 0) == (i == 0)
+        for (x, y), (right, down) in itertools.pairwise(ring):
+          assert (x == right) != (y == down)
+          if x == right:  # what lies right of an edge is turned
+            drawn[min(y, down) : max(y, down), x:] ^= True
+      assert not found[drawn].any()
+      kind = feature['properties']['classification']['name']
+      found[drawn] = 1 + ('x', 'y').index(kind)
+    assert len(seen) == len(made['features'])
+    np.testing.assert_array_equal(found, labels)
+
+
+def test_labelme_through_prepare_gives_back_every_pixel(outlined, tmp_path):
+  top, out, maps = outlined
+  shutil.copytree(out / 'labelme', top / 'labels')
+  shutil.copy(out / 'classes.txt', top)
+  folder_dataset.prepare(str(top), tmp_path / 'data', name='again')
+  found = folder_dataset.load(tmp_path / 'data', 'again')
+  assert found.classes == ('x', 'y')
+  labels = {
+    id_: part[i]['label']
+    for part in (found.train, found.test)
+    for i, id_ in enumerate(part.ids)
+  }
+  assert labels.keys() == maps.keys()
+  for name, wanted in maps.items():
+    np.testing.assert_array_equal(labels[name], wanted)
 
 
 def test_geojson():
@@ -437,6 +563,72 @@ def test_what_is_there_is_kept(model, pictures, tmp_path, monkeypatch):
   assert contents(out)['masks/a.png'] != before['masks/a.png']
 
 
+def test_what_was_replaced_is_not_mixed_in(model, pictures, tmp_path):
+  """A map that --overwrite did not make anew is made when it is wanted."""
+  out, sure = tmp_path / 'out', outputs.Wanted(confidence=True)
+  run([pictures], out, sure)
+  before = contents(out)
+  run([pictures], out, scale=0.5, overwrite=True)
+  run([pictures], out, sure, scale=0.5)
+  run([pictures], tmp_path / 'other', sure, scale=0.5)
+  assert contents(out) == contents(tmp_path / 'other')
+  assert contents(out)['confidence/a.png'] != before['confidence/a.png']
+
+
+def test_a_damaged_record_is_written_again(model, pictures, tmp_path):
+  out = tmp_path / 'out'
+  run([pictures], out)
+  before = contents(out)
+  for text in ('{', '{}'):
+    (out / 'records' / 'a.json').write_text(text)
+    run([pictures], out)
+    assert contents(out) == before
+
+
+def _start(folder, images, out):
+  """The command on its own, writing everything."""
+  line = [sys.executable, '-m', 'distillfss_jax.predict', folder, images]
+  line += ['--overlay', '--confidence', '--probabilities', 'npy']
+  line += [f'--outlines={x}' for x in outputs.OUTLINES]
+  return subprocess.Popen(
+    [*map(str, line), '--out', str(out)], cwd=ROOT,
+    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+  )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(made, tmp_path):
+  """No file is ever half-written, and all are the same in the end."""
+  folder, *_ = made
+  rng = np.random.default_rng(0)
+  images, whole, out = (tmp_path / x for x in ('images', 'whole', 'out'))
+  images.mkdir()
+  for i in range(60):
+    picture = _scene(*rng.integers(40, 300, 2))
+    kind = ('png', 'jpg', 'tif')[i % 3]
+    Image.fromarray(picture).save(images / f'{i}.{kind}')
+  _, said = _start(folder, images, whole).communicate()
+  assert said.decode().count('error') == 0
+  wanted = contents(whole)
+  kills = 0
+  for _ in range(10):
+    process = _start(folder, images, out)
+    begin = len(list(out.glob('records/*')))
+    while len(list(out.glob('records/*'))) == begin:
+      assert process.poll() is None
+      time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.2))
+    process.kill()
+    kills += process.wait() == -signal.SIGKILL
+    process.stderr.close()
+    for name, found in contents(out).items():
+      hidden = name.rpartition('/')[2].startswith('.')
+      assert hidden or found == wanted[name], name
+  assert kills == 10
+  assert _start(folder, images, out).communicate()[1]
+  assert contents(out) == wanted
+
+
 def test_scores(drawn, model, tmp_path):
   for name in ('images', 'masks'):
     (tmp_path / name).mkdir()
@@ -542,6 +734,8 @@ def test_files_that_are_no_images(model, pictures, tmp_path, capsys):
   assert not (out / 'masks' / 'bad.png').exists()
   assert (out / 'masks' / 'deep' / 'c.png').exists()
   assert 'bad' not in (out / 'predictions.csv').read_text()
+  with pytest.raises(ValueError, match='none of the images can be decoded'):
+    run([bad], tmp_path / 'other', skip_bad=True)
 
 
 def test_no_room(model, pictures, tmp_path, monkeypatch):
@@ -551,6 +745,19 @@ def test_no_room(model, pictures, tmp_path, monkeypatch):
   monkeypatch.setattr(outputs.files, 'write_atomically', full)
   with pytest.raises(OSError, match=r'cannot write into .*another --out'):
     run([pictures], tmp_path / 'out')
+
+
+def test_no_room_for_probabilities(model, pictures, tmp_path, monkeypatch):
+  """They wait in a mapped file, where a write without room kills."""
+
+  def full(*_):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr('os.posix_fallocate', full, raising=False)
+  out = tmp_path / 'out'
+  with pytest.raises(OSError, match=r'cannot write into .*another --out'):
+    run([pictures], out, EVERYTHING)
+  assert sorted(contents(out)) == ['settings.json']
 
 
 def test_devices_that_are_not_there():

@@ -171,7 +171,10 @@ def test_a_page_for_a_browser(finished):
   page = (workdir / 'report.html').read_text()
   assert '<pre>python -m distillfss_jax.main --config=configs/demo.py' in page
   assert not re.search('https?://', page)
-  for text in ('Support', 'Curves', 'worst first', 'type="range"'):
+  for text in (
+    'Support', 'Curves', 'worst first', 'type="range"',
+    'confidence of the student',
+  ):  # fmt: skip
     assert text in page
 
 

@@ -278,6 +278,18 @@ def test_sets_masks_and_their_table(tmp_path):
   ]  # fmt: skip
 
 
+def test_a_mask_is_whole_or_not_there(tmp_path, monkeypatch):
+  """Killed as a mask is written, nothing half-written has its name."""
+
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr('os.fsync', killed)
+  with pytest.raises(KeyboardInterrupt):
+    run(Blobs(), folder=tmp_path, masks=True)
+  assert not [x for x in tmp_path.rglob('*') if x.is_file()]
+
+
 def test_the_map_is_not_asked_for(tmp_path):
   found = run(Blobs(), folder=tmp_path)
   assert [x.name for x in found.protocols] == ['test', 'test_saliency']

@@ -48,8 +48,8 @@ class Scored:
 
   scores: {name of a protocol: {role: numbers}}.
   protocols: those of the scores, in their order.
-  shown: {test: {role: uint8 label map at the model's size}}, of those asked
-    for.
+  shown: {test: {role: uint8 [2, S, S], labels and confidence as
+    `metrics.pictured` gives them}}, of those asked for.
   images: how many were scored. seconds: how long it took.
   notes: what a reader of the scores has to know, in sentences.
   """

@@ -17,7 +17,12 @@ import numpy as np
 from distillfss_jax import parallel
 from distillfss_jax.data import augment, core, pipeline
 from distillfss_jax.evaluators import base
-from distillfss_jax.evaluators.metrics import argmax, count_native, stretched
+from distillfss_jax.evaluators.metrics import (
+  argmax,
+  count_native,
+  pictured,
+  stretched,
+)
 from distillfss_jax.ops import metrics, resize
 from distillfss_jax.ops.metrics import Confusion
 from distillfss_jax.types import VOID, Array, Support
@@ -478,15 +483,16 @@ class Episodes(base.Evaluator):
       for row, valid in enumerate(batch['valid']):
         if valid and place in show:
           shown[place] = {
-            role: np.asarray(logits[role][row].argmax(-1), np.uint8)
-            for role in roles
+            role: np.asarray(pictured(logits[role][row])) for role in roles
           }
         place += jax.process_count()
       done += int(batch['valid'].sum())
       progress.update(done)
     counts = jax.tree.map(lambda x: parallel.gather(x).sum(0), counts)
     if jax.process_count() > 1 and show:
-      shown = parallel.gather_maps(shown, roles, show, self._size)
+      shown = parallel.gather_maps(
+        shown, roles, show, (2, self._size, self._size)
+      )
     return base.Scored(
       {
         m.protocol.name: {role: m.scores(x) for role, x in total.items()}

@@ -87,20 +87,23 @@ class Images(base.Evaluator):
       )
       answers = self._predict(variables, memory, on_device['images'], roles)
       logits = {role: answer.logits for role, answer in answers.items()}
-      counts, maps = self._count(logits, on_device)
+      counts = self._count(logits, on_device)
       total = metrics.total([counts] if total is None else [total, counts])
       for one in beside:
         one.take(logits, on_device, batch)
       for row, index in enumerate(batch['index']):
         if batch['valid'][row] and int(index) in show:
           shown[int(index)] = {
-            role: np.asarray(maps[role][row]) for role in roles
+            role: np.asarray(metrics.pictured(logits[role][row]))
+            for role in roles
           }
       done += int(batch['valid'].sum())
       progress.update(done)
     total = jax.tree.map(lambda x: parallel.gather(x).sum(0), total)
     if jax.process_count() > 1 and show:
-      shown = parallel.gather_maps(shown, roles, show, self._size)
+      shown = parallel.gather_maps(
+        shown, roles, show, (2, self._size, self._size)
+      )
     scores = {
       x.protocol.name: {
         role: x.scores(total[role][x.protocol.name]) for role in roles
@@ -127,13 +130,10 @@ class Images(base.Evaluator):
     )
 
   def _counts(self, logits, batch):
-    """{role: {name of a metric: counts}}, and label maps by role."""
-    counts = {
+    """{role: {name of a metric: counts}}."""
+    return {
       role: {m.protocol.name: m.count(x, batch) for m in self._metrics}
       for role, x in logits.items()
-    }
-    return counts, {
-      role: x.argmax(-1).astype('uint8') for role, x in logits.items()
     }
 
 

@@ -142,6 +142,20 @@ def stretched(
   )
 
 
+@jax.jit
+def pictured(logits: Array) -> Array:
+  """What pictures show of an answer.
+
+  Args:
+    logits: [H, W, classes], background first.
+
+  Returns:
+    uint8 [2, H, W]: labels, and their probabilities in 0..255.
+  """
+  most = jax.nn.softmax(logits.astype(jnp.float32)).max(-1)
+  return jnp.stack([logits.argmax(-1), jnp.rint(255 * most)]).astype(jnp.uint8)
+
+
 def argmax(logits: Array) -> Array:
   """The class of the largest logit."""
   return logits.argmax(-1)

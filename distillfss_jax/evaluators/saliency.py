@@ -141,8 +141,7 @@ class Saliency(base.Beside):
     )  # fmt: skip
     if self._masks and role == self._roles[0]:
       path = self._folder / 'masks' / self._path(index)
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_bytes(download.png(levels))
+      files.write_atomically(path, download.png(levels))
 
   def _path(self, index):
     """Where the map of an image goes: <set>/<id>.png."""

@@ -126,7 +126,24 @@ class Folder:
 
   def missing(self, name: str) -> bool:
     """Whether something of an image is not there yet."""
-    return not all(path.exists() for path in self.paths(name).values())
+    paths = self.paths(name)
+    try:
+      record = files.read_json(paths['records'])
+    except (OSError, ValueError):
+      return True
+    # A file may be left of what --overwrite has replaced since.
+    made = record.get('made', ())
+    return not all(
+      name in made and (self.out / name).exists() for name in self._made(paths)
+    )
+
+  def _made(self, paths):
+    """What a record vouches for: paths below the folder."""
+    return [
+      path.relative_to(self.out).as_posix()
+      for kind, path in paths.items()
+      if kind != 'records'
+    ]
 
   def write(self, one: Input, image: np.ndarray) -> None:
     """Answers an image, and writes what is wanted of it.
@@ -172,6 +189,7 @@ class Folder:
     record = {
       'image': one.file,
       'size': list(size),
+      'made': self._made(paths),
       'classes': measures(labels, classes, sums),
     }
     files.write_atomically(
@@ -257,7 +275,17 @@ class _Shares:
     os.close(handle)
     self._file = pathlib.Path(name)
     kind = np.float32 if self._kind == 'npy' else np.uint16
-    self._array = np.lib.format.open_memmap(self._file, 'w+', kind, self._shape)
+    try:
+      self._array = np.lib.format.open_memmap(
+        self._file, 'w+', kind, self._shape
+      )
+      # Without room for it, what is written into a mapped file kills.
+      if hasattr(os, 'posix_fallocate'):
+        with self._file.open('r+b') as file:
+          os.posix_fallocate(file.fileno(), 0, self._file.stat().st_size)
+    except BaseException:
+      self.__exit__()
+      raise
     return self
 
   def __exit__(self, *error):

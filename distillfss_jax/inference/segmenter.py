@@ -7,6 +7,7 @@ of rows, so that memory does not grow with the image.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator
 
@@ -16,6 +17,7 @@ from PIL import Image
 from distillfss_jax.data import download, transforms
 
 OVERLAP = 0.25  # of a window, with its neighbour
+_LEAST, _MOST = 8, 8192  # pixels of a window's sides
 _BAND = 256  # rows of an image that is seen whole
 
 
@@ -90,11 +92,14 @@ class Segmenter:
 
   def window(self, scale: float) -> tuple[int, int]:
     """Rows and columns of the windows for objects of a scale."""
+    if not 0 < scale < math.inf:
+      raise ValueError(f'--scale {scale:g} must be a number above 0')
     height, width = (round(side * scale) for side in self.seen)
-    if not (scale > 0 and min(height, width) >= 8):
+    if min(height, width) < _LEAST or max(height, width) > _MOST:
       raise ValueError(
         f'--scale {scale:g} would make windows of {width}x{height} pixels, at '
-        f'1 they are {self.seen[1]}x{self.seen[0]}: 8x8 is the least'
+        f'1 they are {self.seen[1]}x{self.seen[0]}: {_LEAST}x{_LEAST} is the '
+        f'least, {_MOST}x{_MOST} the most'
       )
     return height, width
 

@@ -87,7 +87,7 @@ class Task(abc.ABC):
 
   @abc.abstractmethod
   def test(self, state: TrainState, show: Sequence[int] = ()) -> Scored:
-    """Scores the system; `show` are the tests to keep label maps of."""
+    """Scores the system; `show` are the tests to keep answers of."""
 
   def validate(self, state: TrainState) -> Scored:
     """Scores it on the way, where checkpoints are chosen; here the test."""
@@ -123,14 +123,16 @@ class Task(abc.ABC):
       name: its id.
       image: uint8 [H, W, 3].
       truth: labels [H, W].
-      answers: {role: label map [H, W]}.
+      answers: {role: uint8 [2, H, W], labels and confidence}, as
+        `Scored.shown` has them.
       classes: names of labels 1..n.
       palette: of labels 0..n.
       below: more pictures.
     """
+    labels = {role: label for role, (label, _) in answers.items()}
     scored = {
       role: (label, Confusion.of(truth, label, 1 + len(classes)).miou)
-      for role, label in answers.items()
+      for role, label in labels.items()
     }
     panel = pictures.query_panel(
       image, truth, scored, name=name, palette=palette
@@ -139,10 +141,11 @@ class Task(abc.ABC):
       report.Answered(
         name,
         image,
-        {'truth': truth, **answers},
+        {'truth': truth, **labels},
         {role: score for role, (_, score) in scored.items()},
         classes,
         palette,
+        {role: sure for role, (_, sure) in answers.items()},
       )
     )
     rows = [pictures.legend(classes, palette), panel, *below]

@@ -19,34 +19,47 @@ from PIL import Image
 from distillfss_jax import files
 from distillfss_jax.types import VOID
 
+_STEPS = 16  # of confidence: few, so that pictures of it are small
+
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; padding: 0 1em;
   max-width: 1100px; color: #1c1c20; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; }
-table { border-collapse: collapse; margin: .6em 0; }
+table { border-collapse: collapse; margin: .6em 0; display: block;
+  overflow-x: auto; }
 th, td { padding: .2em .8em; text-align: left; border-bottom: 1px solid #ddd; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
-th { cursor: pointer; white-space: nowrap; } th:hover { background: #eee; }
+th { cursor: pointer; vertical-align: bottom; } th:hover { background: #eee; }
+th[aria-sort=ascending]::after { content: " \\2191"; }
+th[aria-sort=descending]::after { content: " \\2193"; }
 pre { background: #f4f4f6; padding: .8em; white-space: pre-wrap; }
 img { max-width: 100%; } p.says { color: #69696f; }
-.shown { display: inline-block; margin: 0 1em 1.5em 0; vertical-align: top; }
-.layers { position: relative; } .layers img { display: block; width: 320px;
-  image-rendering: pixelated; }
+.shown { display: inline-block; margin: 0 1em 1.5em 0; vertical-align: top;
+  width: 320px; overflow-wrap: anywhere; } .shown label { white-space: nowrap; }
+.layers { position: relative; } .layers img { display: block; width: 100%;
+  image-rendering: pixelated; } [type=range] { width: 100%; margin: 0; }
 .layers .over { position: absolute; inset: 0; }
 .swatch { display: inline-block; width: .9em; height: .9em;
-  margin: 0 .3em 0 1em; }
+  margin-right: .3em; }
+.scale { display: inline-block; width: 9em; height: .9em; margin: 0 .4em;
+  vertical-align: middle; }
 """
 
 _SCRIPT = """
 for (const head of document.querySelectorAll('th')) head.onclick = () => {
   const body = head.closest('table').tBodies[0], at = head.cellIndex;
-  const up = head.dataset.up !== '1';
-  head.dataset.up = up ? '1' : '0';
-  const key = row => row.cells[at].textContent;
+  const up = head.getAttribute('aria-sort') !== 'ascending';
+  for (const other of head.parentNode.cells) other.removeAttribute('aria-sort');
+  head.setAttribute('aria-sort', up ? 'ascending' : 'descending');
+  // A score may be followed by its deviation; an id such as 1e5f is no number.
+  const number = text =>
+    /^-?\\d+(\\.\\d+)?(?![\\w.])/.test(text) ? parseFloat(text) : NaN;
   const rows = [...body.rows].sort((a, b) => {
-    const x = parseFloat(key(a)), y = parseFloat(key(b));
-    const order = isNaN(x) && isNaN(y) ? key(a).localeCompare(key(b))
-      : isNaN(x) ? 1 : isNaN(y) ? -1 : x - y;
+    const [s, t] = [a, b].map(row => row.cells[at].textContent);
+    const x = number(s), y = number(t);
+    // What has no score comes last, either way.
+    if (isNaN(x) !== isNaN(y)) return isNaN(x) - isNaN(y);
+    const order = isNaN(x) ? s.localeCompare(t) : x - y;
     return up ? order : -order;
   });
   body.append(...rows);
@@ -72,6 +85,7 @@ class Answered:
   labels: {'truth' or a role: label map [H, W]}.
   scores: {role: mean IoU, None where it is not defined}.
   classes: names of labels 1..n. palette: colours of labels 0..n.
+  confidence: {role: uint8 [H, W], the probability of its label in 0..255}.
   """
 
   name: str
@@ -80,6 +94,17 @@ class Answered:
   scores: Mapping[str, float | None]
   classes: Sequence[str]
   palette: Sequence[Sequence[int]]
+  confidence: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+  @property
+  def judged(self) -> str:
+    """The role that matters: the student if there is one."""
+    return 'student' if 'student' in self.scores else next(iter(self.scores))
+
+  @property
+  def least(self) -> float:
+    """The lowest confidence that there can be."""
+    return 1 / (1 + len(self.classes))
 
 
 def page(title: str, parts: Iterable[str]) -> str:
@@ -103,9 +128,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
   """A table that sorts; cells are texts, numbers or None."""
 
   def cell(value):
-    if value is None or isinstance(value, str):
+    if isinstance(value, str):
       return f'<td>{html.escape(value or "-")}</td>'
-    text = f'{value:.4f}' if isinstance(value, float) else str(value)
+    text = '-' if value is None else str(value)
+    text = f'{value:.4f}' if isinstance(value, float) else text
     return f'<td class="n">{text}</td>'
 
   head = ''.join(f'<th>{html.escape(x)}</th>' for x in header)
@@ -179,7 +205,12 @@ def _scores(results):
       if kind == 'iou' or kind.endswith('_per_class')
     ]
     known = dict.fromkeys(x for _, _, values in each for x in values)
-    heads = [f'{role} {kind.split("_")[0]}' for role, kind, _ in each]
+    named = {'iou': 'IoU', **columns}
+    kinds = [kind.removesuffix('_per_class') for _, kind, _ in each]
+    heads = [
+      f'{role} {named.get(kind, kind)}'
+      for (role, *_), kind in zip(each, kinds, strict=True)
+    ]
     if known:
       yield table(
         ('class', *heads),
@@ -202,19 +233,24 @@ def _gallery(answers):
   """Test images, those with the lowest score first: the student's, if any."""
 
   def worst(answer):
-    first = next(iter(answer.scores.values()))
-    score = answer.scores.get('student', first)
+    score = answer.scores[answer.judged]
     return 2.0 if score is None else score  # what is not defined comes last
 
   answers = sorted(answers, key=worst)
   roles = list(answers[0].scores)
   yield '<h2>Test images, worst first</h2>'
+  yield (
+    f'<p class="says">{len(answers)} of the test images, evenly spaced: '
+    'config.eval.panels says how many</p>'
+  )
   yield table(
     ('image', *(f'{role} mIoU' for role in roles)),
     [[x.name, *map(x.scores.get, roles)] for x in answers],
   )
   if len({tuple(x.classes) for x in answers}) == 1:
     yield _legend(answers[0])
+  if answers[0].confidence:
+    yield _scale(answers[0].judged, min(x.least for x in answers))
   for number, answer in enumerate(answers):
     yield _shown(answer, number)
 
@@ -225,17 +261,44 @@ def _legend(answer):
     f'</span>{html.escape(name)}'
     for name, colour in zip(answer.classes, answer.palette[1:], strict=False)
   )
-  return f'<p>{"".join(swatches)}</p>'
+  return f'<p>{"&emsp;".join(swatches)}</p>'
+
+
+def _scale(role, least):
+  """The legend of confidence."""
+  colours = ', '.join(f'rgb{tuple(map(int, x))}' for x in _scale_colours())
+  return (
+    f'<p>confidence of the {html.escape(role)}: {least:.2f}'
+    '<span class="scale" style="background:linear-gradient('
+    f'to right, {colours})"></span>1</p>'
+  )
+
+
+def _scale_colours():
+  """uint8 [_STEPS, 3], from the lowest confidence to the highest."""
+  from matplotlib import colormaps  # slow to import, seldom needed
+
+  return colormaps['viridis'](np.linspace(0, 1, _STEPS), bytes=True)[:, :3]
+
+
+def _layers(answer):
+  """(name, what its button says, PNG) of what lies over an image."""
+  for role, labels in answer.labels.items():
+    score = answer.scores.get(role)
+    said = role if score is None else f'{role} {score:.3f}'
+    yield role, said, _layer(labels, answer.palette)
+  role = answer.judged
+  if role in answer.confidence:
+    made = _confidence(answer.confidence[role], answer.least)
+    yield 'confidence', 'confidence', made
 
 
 def _shown(answer, number):
   """One image, its layers, and what chooses among them."""
   layers, buttons = [], []
-  for role, labels in answer.labels.items():
+  for role, said, data in _layers(answer):
     over = f'class="over" data-role="{html.escape(role)}" '
-    layers.append(picture(_layer(labels, answer.palette), 'png', over))
-    score = answer.scores.get(role)
-    said = role if score is None else f'{role} {score:.3f}'
+    layers.append(picture(data, 'png', over))
     buttons.append(
       f'<label><input type="radio" name="r{number}" '
       f'value="{html.escape(role)}"{" checked" * (not buttons)}>'
@@ -244,7 +307,7 @@ def _shown(answer, number):
   return (
     f'<div class="shown"><b>{html.escape(answer.name)}</b>'
     f'<div class="layers">{picture(_jpeg(answer.image), "jpeg")}'
-    f'{"".join(layers)}</div>{" ".join(buttons)}<br>'
+    f'{"".join(layers)}</div>{" ".join(buttons)}'
     '<input type="range" min="0" max="100" value="60"></div>'
   )
 
@@ -264,4 +327,15 @@ def _layer(labels, palette):
   drawn.putpalette(colours.ravel().tolist())
   made = io.BytesIO()
   drawn.save(made, 'PNG', transparency=0)
+  return made.getvalue()
+
+
+def _confidence(sure, least):
+  """Confidence uint8 [H, W], `least` or more, as a PNG in colours."""
+  share = (np.asarray(sure, np.float32) / 255 - least) / (1 - least)
+  step = np.rint(np.clip(share, 0, 1) * (_STEPS - 1)).astype(np.uint8)
+  drawn = Image.fromarray(step, 'P')
+  drawn.putpalette(_scale_colours().ravel().tolist())
+  made = io.BytesIO()
+  drawn.save(made, 'PNG', optimize=True)
   return made.getvalue()
