@@ -436,7 +436,20 @@ class _Job:
     pictures.curves(
       self.workdir / 'metrics.jsonl', self.workdir / 'panels' / 'curves.png'
     )
-    report.write(self.workdir, results, self.task.answers, command=_command())
+    each = {
+      role: [None if np.isnan(x) else float(x) for x in values]
+      for role, values in scored.each.items()
+    }
+    ids = self.task.data.ids()['test'] if each else []
+    if each:
+      results_lib.write_images(self.workdir, ids, each)
+    report.write(
+      self.workdir,
+      results,
+      self.task.answers,
+      each=(ids, each),
+      command=_command(),
+    )
     results_lib.write_results(self.workdir, results)
     logging.info(
       'scores on %d test images:\n%s', scored.images, score_table(results)

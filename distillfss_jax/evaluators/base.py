@@ -49,9 +49,12 @@ class Scored:
   scores: {name of a protocol: {role: numbers}}.
   protocols: those of the scores, in their order.
   shown: {test: {role: uint8 [2, S, S], labels and confidence as
-    `metrics.pictured` gives them}}, of those asked for.
+    `metrics.pictured` gives them}}, of those asked for and as many of the
+    lowest score.
   images: how many were scored. seconds: how long it took.
   notes: what a reader of the scores has to know, in sentences.
+  each: {role: mean IoU of each test image at the model's size, NaN where it is
+    not defined}; {} where tests are no images.
   """
 
   scores: dict[str, Scores]
@@ -60,6 +63,7 @@ class Scored:
   images: int
   seconds: float
   notes: tuple[str, ...] = ()
+  each: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def rows(self) -> list[tuple[Protocol, str, dict]]:
     """(protocol, role, numbers) of all."""
@@ -164,6 +168,7 @@ def together(*found: Scored) -> Scored:
     sum(x.images for x in found),
     sum(x.seconds for x in found),
     _all_notes(found),
+    found[0].each,
   )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from distillfss_jax import parallel
 from distillfss_jax.data import pipeline
 from distillfss_jax.evaluators import base, metrics
+from distillfss_jax.ops.metrics import Confusion
 from distillfss_jax.workdir import writer
 
 
@@ -20,7 +21,7 @@ class Images(base.Evaluator):
     source: of records: the test part of a dataset.
     predict: variables, memory, images [B, S, S, 3], roles -> {role:
       Prediction}.
-    found: the metrics.
+    found: the metrics, the first at the model's size.
     image_size: S.
     batch_size: images at once, over the devices of this process.
     native: whether something beside the metrics reads labels of the images'
@@ -72,13 +73,18 @@ class Images(base.Evaluator):
     show: Sequence[int] = (),
     beside: Sequence[base.Beside] = (),
   ) -> base.Scored:
-    """See `Evaluator`; what is found `beside` comes after its own scores."""
+    """See `Evaluator`; what is found `beside` comes after its own scores.
+
+    Beside the tests of `show`, as many of the lowest score are shown, by the
+    first role.
+    """
     begin = time.monotonic()
     progress = writer.Progress(self._mine, noun=self._noun)
     mesh, roles = self._mesh, tuple(roles)
     variables = parallel.replicate(parallel.local(variables), mesh)
     memory = parallel.replicate(parallel.local(memory), mesh)
     total, shown, done = None, {}, 0
+    each = {role: np.zeros(self._images) for role in roles}
     for one in beside:
       one.begin(roles)
     for batch in self._batches:
@@ -87,23 +93,32 @@ class Images(base.Evaluator):
       )
       answers = self._predict(variables, memory, on_device['images'], roles)
       logits = {role: answer.logits for role, answer in answers.items()}
-      counts = self._count(logits, on_device)
+      counts, of_images = self._count(logits, on_device)
       total = metrics.total([counts] if total is None else [total, counts])
       for one in beside:
         one.take(logits, on_device, batch)
-      for row, index in enumerate(batch['index']):
-        if batch['valid'][row] and int(index) in show:
-          shown[int(index)] = {
+      for role, x in jax.device_get(of_images).items():
+        for row, index in _valid(batch):
+          miou = Confusion(x[row].astype(np.int64)).miou
+          each[role][index] = np.nan if miou is None else miou
+      for row, index in _valid(batch):
+        worst = _worst(each[roles[0]], [*shown, index], len(show))
+        if index in show or index in worst:
+          shown[index] = {
             role: np.asarray(metrics.pictured(logits[role][row]))
             for role in roles
           }
+        for other in shown.keys() - worst - set(show):
+          del shown[other]
       done += int(batch['valid'].sum())
       progress.update(done)
     total = jax.tree.map(lambda x: parallel.gather(x).sum(0), total)
+    each = {role: parallel.gather(x).sum(0) for role, x in each.items()}
     if jax.process_count() > 1 and show:
-      shown = parallel.gather_maps(
-        shown, roles, show, (2, self._size, self._size)
-      )
+      worst = _worst(each[roles[0]], range(self._images), len(show))
+      wanted = sorted({*show, *worst})
+      size = (2, self._size, self._size)
+      shown = parallel.gather_maps(shown, roles, wanted, size)
     scores = {
       x.protocol.name: {
         role: x.scores(total[role][x.protocol.name]) for role in roles
@@ -125,16 +140,36 @@ class Images(base.Evaluator):
         self._images,
         time.monotonic() - begin,
         tuple(dict.fromkeys(notes)),
+        each,
       ),
       *more,
     )
 
   def _counts(self, logits, batch):
-    """{role: {name of a metric: counts}}."""
-    return {
-      role: {m.protocol.name: m.count(x, batch) for m in self._metrics}
+    """{role: {name of a metric: counts}}, and {role: counts of each image}."""
+    first, *others = self._metrics
+    each = {role: first.count_each(x, batch) for role, x in logits.items()}
+    counts = {
+      role: {
+        first.protocol.name: each[role].sum(0),
+        **{m.protocol.name: m.count(x, batch) for m in others},
+      }
       for role, x in logits.items()
     }
+    return counts, each
+
+
+def _valid(batch):
+  """(row, index) of the images of a batch that are no padding."""
+  for row, index in enumerate(batch['index']):
+    if batch['valid'][row]:
+      yield row, int(index)
+
+
+def _worst(scores, among, count):
+  """The indices of the lowest scores; what has none is none of them."""
+  known = [i for i in among if np.isfinite(scores[i])]
+  return set(sorted(known, key=lambda i: (scores[i], i))[:count])
 
 
 class ShortSide(Images):

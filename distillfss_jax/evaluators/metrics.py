@@ -61,10 +61,12 @@ class ModelSize(Metric):
     self.classes, self.protocol, self._dense = tuple(classes), protocol, dense
 
   def count(self, logits, batch):
-    return metrics.count(
-      batch['labels'].astype(jnp.int32),
-      logits.argmax(-1),
-      1 + len(self.classes),
+    return self.count_each(logits, batch).sum(0)
+
+  def count_each(self, logits: Array, batch: dict[str, Array]) -> Array:
+    """Counts [b, classes, classes] of each image, at the model's size."""
+    return jax.vmap(lambda x, y: metrics.count(x, y, 1 + len(self.classes)))(
+      batch['labels'].astype(jnp.int32), logits.argmax(-1)
     )
 
   def scores(self, total) -> Scores:

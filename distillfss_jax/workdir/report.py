@@ -150,6 +150,7 @@ def write(
   results: Mapping[str, Any],
   answers: Sequence[Answered],
   *,
+  each: tuple[Sequence[str], Mapping[str, Sequence]] = ((), {}),
   command: str = '',
 ) -> None:
   """Writes report.html of a run that has ended.
@@ -157,7 +158,8 @@ def write(
   Args:
     workdir: the run's folder; its pictures are taken from panels/.
     results: what will stand in results.json.
-    answers: of test images.
+    answers: of some test images.
+    each: ids of all test images, and {role: mean IoU of each, or None}.
     command: that made the run.
   """
   workdir = pathlib.Path(workdir)
@@ -177,7 +179,10 @@ def write(
     if path.exists():
       parts += [f'<h2>{title}</h2>', picture(path.read_bytes())]
   if answers:
-    parts += _gallery(answers)
+    parts += _gallery(answers, bool(each[1]))
+  ids, scores = each
+  if scores:
+    parts += _every(ids, scores)
   parts += ['<h2>Versions</h2>']
   versions = {**results['versions'], 'device': results['device']}
   parts.append(table(('what', 'version'), versions.items()))
@@ -229,19 +234,32 @@ def _references(references, columns):
       yield [name, *map(numbers.get, columns)]
 
 
-def _gallery(answers):
+def _last_if_none(score):
+  return 2.0 if score is None else score
+
+
+def _every(ids, scores):
+  """A table of all test images, the lowest score of the first role first."""
+  rows = sorted(
+    zip(ids, *scores.values(), strict=True),
+    key=lambda row: _last_if_none(row[1]),
+  )
+  yield '<h2>All test images</h2>'
+  yield '<p class="says">at the model\'s size; the same is in images.csv</p>'
+  yield table(('image', *(f'{role} mIoU' for role in scores)), rows)
+
+
+def _gallery(answers, all_known):
   """Test images, those with the lowest score first: the student's, if any."""
-
-  def worst(answer):
-    score = answer.scores[answer.judged]
-    return 2.0 if score is None else score  # what is not defined comes last
-
-  answers = sorted(answers, key=worst)
+  answers = sorted(
+    answers, key=lambda answer: _last_if_none(answer.scores[answer.judged])
+  )
   roles = list(answers[0].scores)
   yield '<h2>Test images, worst first</h2>'
   yield (
-    f'<p class="says">{len(answers)} of the test images, evenly spaced: '
-    'config.eval.panels says how many</p>'
+    f'<p class="says">{len(answers)} of the tests, evenly spaced'
+    f'{" or of the lowest score" * all_known}: config.eval.panels says how '
+    'many</p>'
   )
   yield table(
     ('image', *(f'{role} mIoU' for role in roles)),

@@ -1,5 +1,7 @@
 """Scores as files and tables: for people, and for programs."""
 
+import csv
+import io
 import json
 import math
 import os
@@ -62,6 +64,26 @@ def write_results(workdir: str | os.PathLike, results: Mapping) -> None:
   files.write_atomically(
     workdir / 'results.json', json.dumps(plain, indent=2) + '\n'
   )
+
+
+def write_images(
+  workdir: str | os.PathLike,
+  ids: Sequence[str],
+  each: Mapping[str, Sequence[float | None]],
+) -> None:
+  """Writes `<workdir>/images.csv`: the mean IoU of each test image.
+
+  Args:
+    workdir: the run's folder.
+    ids: of the images.
+    each: {role: their scores, None where there is nothing to score}.
+  """
+  out = io.StringIO()
+  writer = csv.writer(out, lineterminator='\n')
+  writer.writerow(('id', *each))
+  for id_, *scores in zip(ids, *each.values(), strict=True):
+    writer.writerow((id_, *('' if x is None else f'{x:.6f}' for x in scores)))
+  files.write_atomically(pathlib.Path(workdir) / 'images.csv', out.getvalue())
 
 
 def _cells(rows, header):
