@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distillfss_jax import config, parallel, speed, train_step
+from distillfss_jax import config, parallel, train_step
 from distillfss_jax.exporting import stablehlo
+from distillfss_jax.measuring import programs
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 
@@ -77,7 +78,7 @@ def test_the_step_of_every_config_lowers_for_gpu_and_tpu(made):
   mesh, random = parallel.mesh(), np.random.default_rng(0)
   program = train_step.build(made, 1, mesh)
   variables = jax.eval_shape(program.draw)
-  arrays, batch, valid = speed.random_step(made, 1, program.takes, random)
+  arrays, batch, valid = programs.random_step(made, 1, program.takes, random)
   shared = jax.eval_shape(program.shared, variables, *arrays)
   places = np.arange(program.rows(len(valid)), dtype=np.int32)[None]
   rows = places.shape[1]
