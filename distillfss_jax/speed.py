@@ -59,8 +59,14 @@ def _check(values, rest):
   if rest and not values.compare:
     raise ValueError(f'unknown arguments {rest}; see --help')
   if values.suite or values.compare:
-    if values.config is not None:
-      raise ValueError(f'{given[0]} takes no --config')
+    others = (
+      'config',
+      *_CASES,
+      *(('out', 'repeats') if values.compare else ()),
+    )
+    for name in others:
+      if values[name].present:
+        raise ValueError(f'{given[0]} takes no --{name}')
     if values.suite and not values.out:
       raise ValueError('--suite needs a file, such as --out now.json')
   elif values.config is None:

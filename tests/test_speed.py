@@ -494,6 +494,7 @@ def test_the_suites_cases_can_be_asked_for(case):
     (('--suite', '--out', 'x.md'), 'must end in .json'),
     (('--suite', '--compare', 'a', 'b'), 'give one of --suite, --compare'),
     (('--suite', '--out', 'x.json', *CONFIG), 'takes no --config'),
+    (('--compare', '--repeats', '3', 'a', 'b'), 'takes no --repeats'),
     (('--compare', 'no.json', 'b.json'), 'no.json'),
     ((), '--config is missing'),
   ],

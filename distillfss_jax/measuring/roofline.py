@@ -12,15 +12,15 @@ What is assumed:
 - Bytes are those that products and convolutions take and give
   (`counts.product_bytes`); a cache that keeps some of them between two products
   beats that. Beside it stands the time by XLA's own 'bytes accessed', which has
-  everything elementwise as XLA's CPU compiler fuses it; loops in it are made up
-  for by how much they multiply the bytes of products.
+  everything elementwise, as XLA fuses it for the device that is here; loops in
+  it are made up for by how much they multiply the bytes of products.
 - float32 runs as JAX does it by default: TF32 on a GPU, bfloat16 on a TPU.
 - Items of a batch are shared evenly by the devices; variables, optimiser and
   support are whole on each. What devices tell each other, reading images and
   starting kernels take no time.
-- Memory is what XLA's CPU compiler sets aside for the accelerator's form of the
-  program, inputs and outputs with it. Compilers for GPU and TPU differ in the
-  scratch space that they want.
+- Memory is what XLA sets aside, compiling the accelerator's form of the program
+  for the device that is here, inputs and outputs with it. Compilers for GPU and
+  TPU differ in the scratch space that they want.
 """
 
 import dataclasses
