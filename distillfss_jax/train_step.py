@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 
 from distillfss_jax import optim, parallel, params, systems
+from distillfss_jax.ops import platform
 from distillfss_jax.pretrained import weights
 from distillfss_jax.types import AXIS, Items, TrainState
 
@@ -106,7 +107,7 @@ def build(
       opt_state=tx.init(trained),
     )
 
-  micro = config.micro_batch or (1 if jax.default_backend() == 'cpu' else 8)
+  micro = config.micro_batch or (1 if platform.on_cpu() else 8)
   step = functools.partial(_step, config.seed, module, tx, micro)
   return Program(
     draw=draw,

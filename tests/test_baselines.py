@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from configs import bam, nucleus
-from distillfss_jax import parallel, speed, systems, train, train_step
+from distillfss_jax import parallel, systems, train, train_step
+from distillfss_jax.measuring import programs
 from distillfss_jax.pretrained import weights
 
 
@@ -56,7 +57,7 @@ def test_several_rounds_cannot_be_taught():
   program = train_step.build(config, 1, parallel.mesh())
   variables = jax.eval_shape(program.draw)
   random = np.random.default_rng(0)
-  arrays, batch, _ = speed.random_step(config, 1, program.takes, random)
+  arrays, batch, _ = programs.random_step(config, 1, program.takes, random)
   shared = jax.eval_shape(program.shared, variables, *arrays)
   state = jax.eval_shape(program.start, variables)
   steps = jax.tree.map(lambda x: x[None], batch)

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from distillfss_jax import backbones, distillers, layers, params, speed
+from distillfss_jax import backbones, distillers, layers, params
 from distillfss_jax.distillers import (
   aicsd,
   attnfd,
@@ -29,6 +29,7 @@ from distillfss_jax.distillers import (
   sp,
 )
 from distillfss_jax.evaluators import saliency
+from distillfss_jax.measuring import counts
 from distillfss_jax.models import deeplab, polyp_pvt
 from distillfss_jax.ops import conv, losses, resize
 from distillfss_jax.ops.saliency import soft_dice
@@ -230,7 +231,7 @@ def plain_gmac(monkeypatch, module, size):
   traced = jax.jit(
     lambda state, x: nnx.merge(graph, state).answer(x).logits
   ).trace(state, images)
-  return speed.flops(traced.jaxpr) / 2e9
+  return counts.flops(traced.jaxpr) / 2e9
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,9 @@ FLOORS = {
   **dict.fromkeys(('train_step', 'evaluators'), 6),
   **dict.fromkeys(('held_out', 'tasks'), 7),
   **dict.fromkeys(('inference', 'suggest', 'train'), 8),
+  'measuring': 9,
 }  # fmt: skip
-TOP = 9
+TOP = 10
 
 # Floors alone would allow these.
 APART = {
@@ -56,7 +57,9 @@ APART = {
   'evaluators': ('models', 'systems', 'backbones', 'optim', 'pretrained'),
 }
 # Folders that are one thing in parts; those of the others are of a kind.
-PARTS = ('exporting', 'inference', 'ops', 'data', 'workdir', 'pretrained')
+PARTS = (
+  'exporting', 'inference', 'measuring', 'ops', 'data', 'workdir', 'pretrained',
+)  # fmt: skip
 # Siblings may import these.
 SHARED_FILES = ('__init__', 'base', 'core', 'adapted', 'meta', 'metrics')
 
@@ -327,7 +330,9 @@ def test_commands_are_found():
 PARSE_FLAGS = """
 import importlib, json, os, sys
 from absl import flags
-TAKES_FILES = [f'distillfss_jax.{x}' for x in ('convert', 'export', 'predict')]
+TAKES_FILES = [
+  f'distillfss_jax.{x}' for x in ('convert', 'export', 'predict', 'speed')
+]
 module, lines = sys.argv[1], json.loads(sys.argv[2])
 program = importlib.import_module(module)
 if hasattr(program, 'define_flags'):
@@ -341,7 +346,8 @@ for line in lines:
   try:
     rest = flags.FLAGS(sys.argv)[1:]
     assert not rest or module in TAKES_FILES, f'not a flag: {rest}'
-    if 'config' in flags.FLAGS:
+    alone = {'--suite', '--compare'} & set(line)  # of speed: without a config
+    if 'config' in flags.FLAGS and not alone:
       flags.FLAGS.config.to_dict()
   except BaseException as error:
     print(*line, '->', error, flush=True)

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distillfss_jax import config, parallel, speed, train_step
+from configs import attnfd, kdas
+from distillfss_jax import config
 from distillfss_jax.exporting import stablehlo
+from distillfss_jax.measuring import programs, roofline
+from distillfss_jax.ops import platform
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 
@@ -56,34 +59,70 @@ def test_what_does_not_lower():
     stablehlo.lowers_for(jnp.linalg.eigvals, (x,), ['cpu', 'tpu'])
 
 
-def _steps():
-  """The training steps of all configs, those alike once: (name, config)."""
+# What files of configs/ can be told that makes a program of another kind.
+ARGUMENTS = {
+  'nucleus': (
+    'method=transfer', 'method=bam', 'method=hdmnet', 'method=ifa',
+    'teacher=bam', 'student=light', 'student=attention', 'recipe=ours',
+    'recipe=unet',
+  ),
+  'attnfd': tuple(f'distiller={name}' for name in attnfd.DISTILLERS),
+  'kdas': tuple(f'distiller={name}' for name in kdas.DISTILLERS),
+  'deeplab': ('attention=learned',),
+  'ifa': ('stage=adapt',),
+  'bam': ('shots=5',),
+  'hdmnet': ('shots=5',),
+}  # fmt: skip
+# A kind each, for every run of the tests; all others are slow ones.
+QUICK = ('bam', 'camvid', 'deeplab', 'nucleus:recipe=unet')
+
+
+def _kinds():
+  """One config for each kind of program that configs/ can name."""
+  texts = [
+    ':'.join(filter(None, (path.stem, arg)))
+    for path in sorted(CONFIGS.glob('[!_]*.py'))
+    if path.stem != 'common'
+    for arg in ('', *ARGUMENTS.get(path.stem, ()))
+  ]
   found = {}
-  for path in sorted(CONFIGS.glob('[!_]*.py')):
-    if path.stem != 'common':
-      made = config.load(f'{path}:smoke')
-      alike = made.system, made.model.name, made.model.backbone.name
-      found.setdefault(alike, pytest.param(made, id=path.stem))
-  for name in ('recipe=unet', 'method=transfer', 'method=bam', 'method=hdmnet'):
-    made = config.load(f'{CONFIGS}/nucleus.py:{name},smoke')
-    alike = made.system, made.model.name, made.model.backbone.name
-    found.setdefault(alike, pytest.param(made, id=name))
+  for text in sorted(texts, key=lambda x: x not in QUICK):
+    file, _, arg = text.partition(':')
+    arg = ','.join(filter(None, (arg, 'smoke')))
+    made = config.load(f'{CONFIGS}/{file}.py:{arg}')
+    kind = (
+      made.system, made.model.name, str(made.model.backbone),
+      made.system == 'distillfss' and made.student,
+      'distiller' in made and (made.distiller.name, made.teacher.name),
+      'ifa' in made and made.ifa.rounds,
+      'shots' in made.model.fields and made.model.fields.shots,
+      made.model.fields.get('attention'),
+    )  # fmt: skip
+    marks = () if text in QUICK else pytest.mark.slow
+    found.setdefault(kind, pytest.param(made, id=text, marks=marks))
   return list(found.values())
 
 
-@pytest.mark.parametrize('made', _steps())
-def test_the_step_of_every_config_lowers_for_gpu_and_tpu(made):
-  """Nothing is compiled: it is what can be said without the devices."""
-  mesh, random = parallel.mesh(), np.random.default_rng(0)
-  program = train_step.build(made, 1, mesh)
-  variables = jax.eval_shape(program.draw)
-  arrays, batch, valid = speed.random_step(made, 1, program.takes, random)
-  shared = jax.eval_shape(program.shared, variables, *arrays)
-  places = np.arange(program.rows(len(valid)), dtype=np.int32)[None]
-  rows = places.shape[1]
-  batches = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((1, rows, *x.shape[1:]), x.dtype), batch
-  )
-  state = jax.eval_shape(program.start, variables)
-  step = state, shared, batches, places, np.int32(1)
-  stablehlo.lowers_for(program.dispatch, step, ['cuda', 'tpu'])
+class _Lowered(roofline.Roofline):
+  """Lowers each program, and keeps the names of those that it saw."""
+
+  def look(self, case, call, inputs, counted, items, kept=None, before=()):
+    stablehlo.lowers_for(call, inputs, ['cuda', 'tpu'])
+    self.rows.append(programs.case_of(case)[0])
+    return call.trace(*inputs).out_info, {}
+
+
+@pytest.mark.parametrize('made', _kinds())
+def test_all_of_every_config_lowers_for_gpu_and_tpu(made):
+  """Nothing is compiled: it is what can be said without the devices.
+
+  Programs are those that the devices get: on a CPU, convolutions and attention
+  have forms of their own.
+  """
+  with platform.made_for('cuda'):
+    lowered = _Lowered(made, 1, {}, ways=1, batch_size=2)
+    lowered._predict([made.support.shots] if 'support' in made else ())
+    lowered._train(made)
+  *predicts, trains = lowered.rows
+  assert predicts in (['predict'], ['memorize', 'predict'])
+  assert trains.startswith(f'train {made.system}')

@@ -16,7 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from distillfss_jax.ops import random
+from distillfss_jax.ops import platform, random
 
 Array = jax.Array
 
@@ -84,7 +84,7 @@ def _tiles(tokens: int) -> tuple[int, int]:
   On a CPU one head's block should stay in the cache; an accelerator wants
   enough rows to fill it and hides the rest.
   """
-  rows, want = (1, 256) if jax.default_backend() == 'cpu' else (16, 1152)
+  rows, want = (1, 256) if platform.on_cpu() else (16, 1152)
   fits = [i for i in range(1, tokens + 1) if tokens % i == 0 and i <= want]
   block = fits[-1]
   return rows, block if block >= want // 8 else tokens

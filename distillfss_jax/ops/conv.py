@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distillfss_jax.ops import resize
+from distillfss_jax.ops import platform, resize
 
 Array = jax.Array
 Padding = int | None | Literal['SAME']
@@ -50,7 +50,7 @@ def conv2d(
     return x[..., ::stride, ::stride, :] @ kernel[0, 0]
   flat = x.reshape(-1, *x.shape[-3:])
   form = (stride, pads, dilation, groups)
-  if jax.default_backend() != 'cpu':
+  if not platform.on_cpu():
     y = _conv(flat, kernel, form)
   else:
     y = _conv_for_cpu(flat, kernel, form)
