@@ -15,7 +15,6 @@ import tempfile
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
@@ -66,11 +65,6 @@ def run(
     raise ValueError(f'{out} exists: give another --out, or --overwrite')
   if int8 and to != 'onnx':
     raise ValueError('--int8 is of --to onnx: the other files hold floats')
-  if fixed_size and to == 'stablehlo':
-    raise ValueError(
-      '--fixed_size is of --to onnx and --to torch: a StableHLO file takes '
-      "images of the model's size alone in any case"
-    )
   if to == 'onnx':
     for package in ('onnx', 'onnxruntime'):
       graph.needs(package)
@@ -134,23 +128,12 @@ def write(product, memory, to, path, *, fixed_size=False):
       for name in found.get('evaluations', ())
     },
   }
-  free = not fixed_size
-  if to == 'torch':
-    torch.save_segmenter(path, answer, size, free_size=free, record=record)
-    return
+  choices = {'free_size': not fixed_size, 'record': record}
   if to == 'onnx':
-    onnx.save(
-      onnx.lower_segmenter(answer, size, free_size=free, record=record), path
-    )
-    return
-
-  def labelled(images):
-    logits = answer(images).astype(jnp.float32)
-    return logits.argmax(-1).astype(jnp.uint8), jax.nn.softmax(logits)
-
-  shape = (stablehlo.BATCH, size, size, 3)
-  record['size'] = size
-  stablehlo.save(path, labelled, {'images': (shape, np.uint8)}, record=record)
+    onnx.save(onnx.lower_segmenter(answer, size, **choices), path)
+  else:
+    kind = {'stablehlo': stablehlo, 'torch': torch}[to]
+    kind.save_segmenter(path, answer, size, **choices)
 
 
 def compare(segmenter, path, images):

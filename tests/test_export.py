@@ -79,8 +79,9 @@ def test_stablehlo(made, tmp_path):
   out = tmp_path / 'x.stablehlo'
   found = export.run(run, 'stablehlo', out, images=str(tmp_path / 'a.png'))
   assert found['images'] == 1
-  assert found['equal_labels'] == 1
+  assert found['equal_labels'] >= export.EQUAL
   file = sources.open_file(out)
+  assert file.record['size'] is None
   assert file.platforms == ('cpu', 'cuda', 'tpu')
   ours, theirs = distillfss_jax.load(run), distillfss_jax.load(out)
   image = data.dataset.test[1]['image']
@@ -121,8 +122,6 @@ def test_what_cannot_be_exported(made, tmp_path, monkeypatch):
   for to in ('stablehlo', 'torch'):
     with pytest.raises(ValueError, match='--int8 is of --to onnx'):
       export.run(run, to, out, int8=True)
-  with pytest.raises(ValueError, match='--fixed_size is of --to onnx and'):
-    export.run(run, 'stablehlo', out, fixed_size=True)
   monkeypatch.setattr(
     sources.Run, 'data', property(lambda _: (_ for _ in ()).throw(OSError('x')))
   )
