@@ -4,7 +4,7 @@ __version__ = '0.1.0'
 
 
 def load(source, *, batch_size=0):
-  """The segmenter of a finished run's folder, or of an exported ONNX file.
+  """The segmenter of a finished run's folder, or of an exported file.
 
       model = distillfss_jax.load('runs/nucleus')
       labels = model.predict('cell.png')         # uint8 [H, W]

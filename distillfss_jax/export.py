@@ -1,6 +1,7 @@
 """A run's product as one file for other programs, compared before it is left.
 
     python -m distillfss_jax.export runs/nucleus --to onnx --out nucleus.onnx
+    python -m distillfss_jax.export runs/nucleus --to torch --out nucleus.pt2
     python -m distillfss_jax.export runs/nucleus --to stablehlo --out x.shlo
 
 docs/predict.md tells what the files take and give.
@@ -14,13 +15,12 @@ import tempfile
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
 from distillfss_jax import files
 from distillfss_jax.data import transforms
-from distillfss_jax.exporting import graph, onnx, stablehlo
+from distillfss_jax.exporting import graph, onnx, stablehlo, torch
 from distillfss_jax.inference import command, inputs, sources
 from distillfss_jax.inference.segmenter import as_image
 from distillfss_jax.ops.metrics import Confusion
@@ -45,10 +45,10 @@ def run(
 
   Args:
     source: the run's folder.
-    to: 'onnx' or 'stablehlo'.
+    to: 'onnx', 'stablehlo' or 'torch'.
     out: the file.
     int8: store the weights of an ONNX file as 8-bit integers.
-    fixed_size: let an ONNX file take images of the model's size alone.
+    fixed_size: let the file take images of the model's size alone.
     images: folder, pattern or file of what to compare on; None takes test
       images of the run's dataset.
     overwrite: replace a file that is there.
@@ -63,14 +63,13 @@ def run(
   """
   if out.exists() and not overwrite:
     raise ValueError(f'{out} exists: give another --out, or --overwrite')
-  if to == 'stablehlo' and (int8 or fixed_size):
-    raise ValueError(
-      '--int8 and --fixed_size are of --to onnx: a StableHLO file has floats, '
-      "and takes images of the model's size alone"
-    )
+  if int8 and to != 'onnx':
+    raise ValueError('--int8 is of --to onnx: the other files hold floats')
   if to == 'onnx':
     for package in ('onnx', 'onnxruntime'):
       graph.needs(package)
+  if to == 'torch':
+    torch.needs()
   product = sources.Run(pathlib.Path(source).expanduser())
   seen = _images(product, images, out)
   sets = _sets(product) if int8 else {}
@@ -110,9 +109,9 @@ def write(product, memory, to, path, *, fixed_size=False):
   Args:
     product: a `sources.Run`.
     memory: what its teacher remembers, or None.
-    to: 'onnx' or 'stablehlo'.
+    to: 'onnx', 'stablehlo' or 'torch'.
     path: of the file.
-    fixed_size: whether an ONNX file takes images of the model's size alone.
+    fixed_size: whether it takes images of the model's size alone.
   """
   answer, size = product.answer(memory), product.config.data.image_size
   found = product.results
@@ -129,20 +128,12 @@ def write(product, memory, to, path, *, fixed_size=False):
       for name in found.get('evaluations', ())
     },
   }
+  choices = {'free_size': not fixed_size, 'record': record}
   if to == 'onnx':
-    free = not fixed_size
-    onnx.save(
-      onnx.lower_segmenter(answer, size, free_size=free, record=record), path
-    )
-    return
-
-  def labelled(images):
-    logits = answer(images).astype(jnp.float32)
-    return logits.argmax(-1).astype(jnp.uint8), jax.nn.softmax(logits)
-
-  shape = (stablehlo.BATCH, size, size, 3)
-  record['size'] = size
-  stablehlo.save(path, labelled, {'images': (shape, np.uint8)}, record=record)
+    onnx.save(onnx.lower_segmenter(answer, size, **choices), path)
+  else:
+    kind = {'stablehlo': stablehlo, 'torch': torch}[to]
+    kind.save_segmenter(path, answer, size, **choices)
 
 
 def compare(segmenter, path, images):
@@ -251,7 +242,7 @@ def main(argv):
   try:
     if len(argv) != 2 or not values.out:
       raise ValueError(
-        f'give RUN --to onnx|stablehlo --out FILE; got {argv[1:]}'
+        f'give RUN --to onnx|stablehlo|torch --out FILE; got {argv[1:]}'
       )
     command.place(None, argv[1])
     out = pathlib.Path(values.out).expanduser()
@@ -274,7 +265,8 @@ def main(argv):
 
 def define_flags():
   """Defines the flags; not on import, other programs have their own."""
-  flags.DEFINE_enum('to', 'onnx', ('onnx', 'stablehlo'), 'The kind of file.')
+  kinds = ('onnx', 'stablehlo', 'torch')
+  flags.DEFINE_enum('to', 'onnx', kinds, 'The kind of file.')
   flags.DEFINE_string('out', None, 'The file to write.')
   flags.DEFINE_bool('int8', False, "ONNX's weights as 8-bit integers.")
   flags.DEFINE_bool('fixed_size', False, "Take the model's size alone.")

@@ -27,7 +27,7 @@ def run(source, given, out, *, wanted, **options):
   """Predicts images, and writes what is wanted; gives the scores, or None.
 
   Args:
-    source: a run's folder, or an ONNX file.
+    source: a run's folder, or an exported file.
     given: folders, patterns and files of images.
     out: the folder to write.
     wanted: an `outputs.Wanted`.
@@ -159,7 +159,7 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)
   try:
     if len(argv) < 3 or not values.out:
-      raise ValueError('give RUN|FILE.onnx IMAGES... --out DIR; see --help')
+      raise ValueError('give RUN|FILE IMAGES... --out DIR; see --help')
     command.place(values.device, argv[1])
     download.allow(values.max_megapixels)
     scores = run(

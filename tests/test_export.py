@@ -1,5 +1,6 @@
 """Exported runs: files that answer as the run does, or are not kept."""
 
+import importlib.util
 import sys
 
 import numpy as np
@@ -78,12 +79,32 @@ def test_stablehlo(made, tmp_path):
   out = tmp_path / 'x.stablehlo'
   found = export.run(run, 'stablehlo', out, images=str(tmp_path / 'a.png'))
   assert found['images'] == 1
-  assert found['equal_labels'] == 1
+  assert found['equal_labels'] >= export.EQUAL
   file = sources.open_file(out)
+  assert file.record['size'] is None
   assert file.platforms == ('cpu', 'cuda', 'tpu')
   ours, theirs = distillfss_jax.load(run), distillfss_jax.load(out)
   image = data.dataset.test[1]['image']
   assert _equal(ours, theirs, image) >= export.EQUAL
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec('torch') is None, reason='needs pip install torch'
+)
+def test_torch(made, tmp_path):
+  run, data = made
+  out = tmp_path / 'x.pt2'
+  found = export.run(run, 'torch', out)
+  assert found['equal_labels'] >= export.EQUAL
+  assert found['probabilities'] < 1e-3
+  assert found['bytes'] == out.stat().st_size
+  file = sources.open_file(out)
+  assert file.record['scores'] == {'test': {'miou': 0.5}}
+  ours, theirs = distillfss_jax.load(run), distillfss_jax.load(out)
+  assert theirs.classes == ours.classes
+  assert (theirs.seen, theirs.digest) == (ours.seen, ours.digest)
+  assert _equal(ours, theirs, data.dataset.test[0]['image']) >= export.EQUAL
 
 
 def test_a_file_that_answers_otherwise_is_not_kept(made, tmp_path, monkeypatch):
@@ -98,8 +119,9 @@ def test_a_file_that_answers_otherwise_is_not_kept(made, tmp_path, monkeypatch):
 def test_what_cannot_be_exported(made, tmp_path, monkeypatch):
   run, _ = made
   out = tmp_path / 'x'
-  with pytest.raises(ValueError, match='--int8 and --fixed_size are of --to'):
-    export.run(run, 'stablehlo', out, int8=True)
+  for to in ('stablehlo', 'torch'):
+    with pytest.raises(ValueError, match='--int8 is of --to onnx'):
+      export.run(run, to, out, int8=True)
   monkeypatch.setattr(
     sources.Run, 'data', property(lambda _: (_ for _ in ()).throw(OSError('x')))
   )
@@ -108,6 +130,9 @@ def test_what_cannot_be_exported(made, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'onnxruntime', None)
   with pytest.raises(ValueError, match='needs the package onnxruntime: pip'):
     export.run(run, 'onnx', out)
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  with pytest.raises(ValueError, match='need the package torch: pip install'):
+    export.run(run, 'torch', out)
 
 
 @pytest.mark.slow

@@ -1,7 +1,10 @@
 """Functions as ONNX files: each primitive, whole students, what users meet."""
 
 import functools
+import importlib.util
 import io
+import pathlib
+import subprocess
 import sys
 import zipfile
 
@@ -17,7 +20,7 @@ from PIL import Image
 
 from distillfss_jax import backbones
 from distillfss_jax.data import transforms
-from distillfss_jax.exporting import graph, onnx, primitives, resizing
+from distillfss_jax.exporting import graph, onnx, primitives, resizing, torch
 from distillfss_jax.models import base as model_base
 from distillfss_jax.models import dcama, distilled
 from distillfss_jax.ops import polarity, resize
@@ -35,8 +38,8 @@ def _arrays(*shapes, seed=0):
   return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-def _model(function, arrays, free):
-  """The model of a function; arrays whose index is in `free` have a batch."""
+def _signature(function, arrays, free):
+  """What `onnx.lower` asks; arrays whose index is in `free` have a batch."""
   inputs = {
     f'x{i}': (
       (onnx.BATCH, *x.shape[1:]) if i in free else x.shape,
@@ -45,13 +48,37 @@ def _model(function, arrays, free):
     for i, x in enumerate(arrays)
   }
   results = jax.tree.leaves(jax.eval_shape(function, *arrays))
-  return onnx.lower(function, inputs, [f'y{i}' for i in range(len(results))])
+  return function, inputs, [f'y{i}' for i in range(len(results))]
 
 
-def _check(function, *arrays, free=(), atol=1e-5):
-  """Compares a function's results with those of its ONNX model."""
+def _model(function, arrays, free):
+  return onnx.lower(*_signature(function, arrays, free))
+
+
+def _in_onnx(function, arrays, free):
+  """The results of a function that onnxruntime runs, for any such arrays."""
+  return onnx.Program(_model(function, arrays, free), threads=1)
+
+
+def _in_torch(function, arrays, free):
+  """The same by PyTorch, which takes one operator after the other."""
+  module = torch.module(onnx.traced(*_signature(function, arrays, free)))
+  tensor = torch.needs().tensor
+  return lambda *arrays: [x.numpy() for x in module(*map(tensor, arrays))]
+
+
+needs_torch = pytest.mark.skipif(
+  importlib.util.find_spec('torch') is None, reason='needs pip install torch'
+)
+both_ways = pytest.mark.parametrize(
+  'way', [_in_onnx, pytest.param(_in_torch, marks=needs_torch)]
+)
+
+
+def _check(function, *arrays, free=(), atol=1e-5, way=_in_onnx):
+  """Compares a function's results with those of a program made of it."""
   wanted = jax.tree.leaves(jax.jit(function)(*arrays))
-  found = onnx.Program(_model(function, arrays, free), threads=1)(*arrays)
+  found = way(function, arrays, free)(*arrays)
   for ours, theirs in zip(wanted, found, strict=True):
     assert ours.dtype == theirs.dtype
     np.testing.assert_allclose(theirs, ours, atol=atol, rtol=1e-5)
@@ -208,29 +235,38 @@ _CASES = {
 }  # fmt: skip
 
 
-def test_polar_images():
+@both_ways
+def test_polar_images(way):
   rng = np.random.default_rng(0)
   images = rng.uniform(0, 0.4, (2, 24, 40, 3)).astype(np.float32)
   images[0, :10, :12] += 0.5
   images[1, 10:] += 0.4
-  _check(polarity.polar, images, free=(0,))
+  _check(polarity.polar, images, free=(0,), way=way)
 
 
 @pytest.mark.parametrize('name', _CASES)
-def test_primitives(name):
-  _check(*_CASES[name])
+@both_ways
+def test_primitives(way, name):
+  if way is _in_torch and name == 'slice where data says':
+    # A size of a result would be what only the data say.
+    with pytest.raises(ValueError, match="operator 'Slice' has no rule for Py"):
+      _check(*_CASES[name], way=way)
+    return
+  _check(*_CASES[name], way=way)
 
 
 @pytest.mark.parametrize('reverse', [False, True])
 @pytest.mark.parametrize('length', [1, 3, 7])
-def test_loops(length, reverse):
+@both_ways
+def test_loops(way, length, reverse):
   arrays = _arrays((4, 3), (length, 4))
-  _check(_scan(length, reverse), *arrays)
+  _check(_scan(length, reverse), *arrays, way=way)
 
 
+@both_ways
 @hypothesis.given(st.data())
 @_few
-def test_convolutions(data):
+def test_convolutions(way, data):
   def draw(low, high):
     return data.draw(st.integers(low, high))
 
@@ -255,12 +291,13 @@ def test_convolutions(data):
   )
   arrays = _arrays([sizes[x] for x in lhs], [window[x] for x in rhs])
   hypothesis.assume(min(jax.eval_shape(function, *arrays).shape) > 0)
-  _check(function, *arrays, free=(0,) if lhs[0] == 'N' else ())
+  _check(function, *arrays, free=(0,) if lhs[0] == 'N' else (), way=way)
 
 
+@both_ways
 @hypothesis.given(st.data())
 @_few
-def test_products(data):
+def test_products(way, data):
   """Any axes of both, which may lie in any order."""
   letters = {'p': 2, 'q': 3, 'k': 4, 'l': 2, 'm': 5, 'n': 3, 'o': 2}
   shared = data.draw(st.sampled_from(('', '', 'p', 'pq')))
@@ -282,14 +319,15 @@ def test_products(data):
 
   constant = data.draw(st.booleans())
   if constant:
-    _check(lambda x: function(x, given[1]), given[0])
+    _check(lambda x: function(x, given[1]), given[0], way=way)
   else:
-    _check(function, *given)
+    _check(function, *given, way=way)
 
 
+@both_ways
 @hypothesis.given(st.data())
 @_few
-def test_axes_split_and_merged(data):
+def test_axes_split_and_merged(way, data):
   """Reshapes between transposes, of arrays that lie in any order."""
   first = data.draw(st.permutations(range(4)))
   second = data.draw(st.permutations(range(3)))
@@ -305,12 +343,14 @@ def test_axes_split_and_merged(data):
 
   x = _arrays((2, 3, 4, 5))[0].transpose(np.argsort(first))
   x = np.ascontiguousarray(x)
-  _check(lambda x: function(x.transpose(first).transpose(np.argsort(first))), x)
+  back = np.argsort(first)
+  _check(lambda x: function(x.transpose(first).transpose(back)), x, way=way)
 
 
+@both_ways
 @hypothesis.given(st.data())
 @_few
-def test_paddings(data):
+def test_paddings(way, data):
   sides = [
     (
       data.draw(st.integers(-1, 2)),
@@ -327,7 +367,7 @@ def test_paddings(data):
     return x + 1
 
   hypothesis.assume(min(jax.eval_shape(function, x).shape) > 0)
-  _check(function, x)
+  _check(function, x, way=way)
 
 
 _SIZE = 24
@@ -439,6 +479,76 @@ def test_a_file_of_one_size():
     program(image[:1, :, :1].repeat(17, 2))
   with pytest.raises(ValueError, match='float64'):
     program(image / 255)
+
+
+@needs_torch
+def test_a_file_for_torch(segmenter, tmp_path):
+  path, record = tmp_path / 'x.pt2', {'classes': ['a', 'b', 'c']}
+  size = torch.save_segmenter(path, _by_colour, 96, record=record)
+  assert size == path.stat().st_size
+  assert str(pathlib.Path.cwd()).encode() not in path.read_bytes()
+  program, other = torch.Segmenter(path), onnx.Segmenter(segmenter)
+  assert program.record == {'kind': onnx.KIND, 'size': None} | record
+  random = np.random.default_rng(0)
+  for shape in ((1, 96, 96), (3, 70, 201), (1, 300, 97), (2, 33, 1)):
+    images = random.integers(0, 256, (*shape, 3), np.uint8)
+    labels, probabilities = program(images)
+    assert (labels.dtype, labels.shape) == (np.uint8, shape)
+    apart = onnx.difference((labels, probabilities), other(images))
+    assert apart['equal_labels'] >= 0.9999, shape
+    assert apart['probabilities'] < 1e-4
+  with pytest.raises(ValueError, match=r'float64 .* H and W any'):
+    program(images / 255)
+
+
+_ALONE = """
+import json, sys, torch
+texts = {'record.json': ''}
+program = torch.export.load(sys.argv[1], extra_files=texts).module()
+labels, shares = program(torch.zeros(1, 20, 30, 3, dtype=torch.uint8))
+assert labels.shape == (1, 20, 30) and shares.shape == (1, 20, 30, 4)
+assert json.loads(texts['record.json'])['classes'] == ['a', 'b', 'c']
+assert not {'jax', 'distillfss_jax'} & set(sys.modules)
+"""
+
+
+@needs_torch
+def test_torch_needs_nothing_of_ours(tmp_path):
+  path = tmp_path / 'x.pt2'
+  record = {'classes': ['a', 'b', 'c']}
+  torch.save_segmenter(path, _by_colour, 16, record=record)
+  done = subprocess.run(
+    [sys.executable, '-I', '-c', _ALONE, path.name],
+    cwd=tmp_path, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+
+
+@needs_torch
+def test_a_file_for_torch_of_one_size(tmp_path):
+  path = tmp_path / 'x.pt2'
+  torch.save_segmenter(path, _by_colour, 16, free_size=False)
+  program = torch.Segmenter(path)
+  image = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+  labels, probabilities = program(image)
+  for i in range(2):
+    wanted = _answer(_by_colour, image[i], 16)
+    np.testing.assert_array_equal(labels[i], wanted[0][0])
+    np.testing.assert_allclose(probabilities[i], wanted[1][0], atol=1e-5)
+  with pytest.raises(ValueError, match=r'\(1, 16, 17, 3\).* H and W 16'):
+    program(image[:1, :, :1].repeat(17, 2))
+
+
+@hypothesis.given(st.integers(1, 90), st.integers(1, 90), st.integers(0, 9))
+@needs_torch
+@_few
+def test_torch_resizes_images_to_the_byte(height, width, seed):
+  rng = np.random.default_rng(seed)
+  images = rng.integers(0, 256, (2, height, width, 3), np.uint8)
+  package = torch.needs()
+  found = torch.resized(package, package.tensor(images), _SIZE).numpy()
+  np.testing.assert_array_equal(found[0], _resized(images[0]))
+  np.testing.assert_array_equal(found[1], _resized(images[1]))
 
 
 def test_quantised_files_are_smaller_and_say_nearly_the_same(tmp_path):
@@ -561,6 +671,10 @@ def test_packages_that_are_missing(monkeypatch):
   monkeypatch.setitem(sys.modules, 'onnxruntime', None)
   with pytest.raises(ValueError, match='needs the package onnxruntime:'):
     onnx.Program('x.onnx')
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  says = "PyTorch's files need the package torch: pip install torch"
+  with pytest.raises(ValueError, match=f'^{says}$'):
+    torch.save_segmenter('x.pt2', _by_colour, 96)
 
 
 def test_files_that_are_not_ours(tmp_path):
@@ -573,6 +687,31 @@ def test_files_that_are_not_ours(tmp_path):
     onnx.Segmenter(path)
   with pytest.raises(FileNotFoundError):
     onnx.Segmenter(tmp_path / 'y.onnx')
+  with pytest.raises(ValueError, match=r'x\.onnx is no file for PyTorch'):
+    torch.Segmenter(path)
+  with zipfile.ZipFile(path, 'w') as archive:
+    archive.writestr('x/extra/record.json', '{}')
+  assert torch.wrote(path)
+
+
+@needs_torch
+def test_what_torch_cannot_export(tmp_path):
+  def function(images):
+    place = images[0, 0, 0, 0].astype(jnp.int32)
+    return lax.dynamic_slice_in_dim(_by_colour(images), place, 2, 3)
+
+  with pytest.raises(ValueError, match=r"^the operator 'Slice' has no rule"):
+    torch.save_segmenter(tmp_path / 'x', function, 16)
+  assert not list(tmp_path.iterdir())
+
+
+@needs_torch
+def test_damaged_files_for_torch(tmp_path):
+  path = tmp_path / 'x.pt2'
+  with zipfile.ZipFile(path, 'w') as archive:
+    archive.writestr('x/extra/record.json', '{}')
+  with pytest.raises(ValueError, match=r'^PyTorch 2.* cannot load .*x\.pt2'):
+    torch.Segmenter(path)
 
 
 _SIZES = {'resnet_tiny': 64, 'swin_tiny_test': 128, 'dino_tiny_test': 64}
@@ -637,13 +776,13 @@ def test_every_primitive_of_our_models_has_a_rule(backbone):
     assert _used(jaxpr, set()) - known == set(), kind
 
 
-def _check_product(backbone, kind):
+def _check_product(backbone, kind, way=_in_onnx):
   size = _SIZES[backbone]
   function = _product(backbone, kind)
   images = np.random.default_rng(1).integers(
     0, 256, (3, size, size, 3), np.uint8
   )
-  program = onnx.Program(_model(function, [images], (0,)))
+  program = way(function, [images], (0,))
   found = program(images)[0]
   wanted = np.asarray(jax.jit(function)(images))
   assert np.mean(found.argmax(-1) == wanted.argmax(-1)) >= 0.9999
@@ -654,13 +793,15 @@ def _check_product(backbone, kind):
   np.testing.assert_allclose(alone[..., 1:], found[:1, ..., 1:], atol=1e-5)
 
 
-def test_a_student():
-  _check_product('resnet_tiny', 'light')
+@both_ways
+def test_a_student(way):
+  _check_product('resnet_tiny', 'light', way)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('backbone', 'kind'), [x for x in _PRODUCTS if x != ('resnet_tiny', 'light')]
 )
-def test_students_and_teachers(backbone, kind):
-  _check_product(backbone, kind)
+@both_ways
+def test_students_and_teachers(way, backbone, kind):
+  _check_product(backbone, kind, way)

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import attnfd, kdas
 from distillfss_jax import config
-from distillfss_jax.exporting import stablehlo
+from distillfss_jax.data import transforms
+from distillfss_jax.exporting import resizing, stablehlo
 from distillfss_jax.measuring import programs, roofline
-from distillfss_jax.ops import platform
+from distillfss_jax.ops import platform, resize
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 
@@ -37,6 +39,44 @@ def test_one_file_for_all_platforms(tmp_path):
       program(images[:batch]), _scores(images[:batch]), strict=True
     ):
       np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def _logits(images):
+  """Logits [b, h / 2, w / 2, 3] that change from pixel to pixel."""
+  assert jnp.arange(2.0).dtype == np.float32, 'the model gets other numbers'
+  x = images[:, ::2, ::2].astype(jnp.float32) / 255
+  return x + jnp.roll(x, 1, 2) - x.mean((1, 2), keepdims=True)
+
+
+@pytest.mark.parametrize('free_size', [True, False])
+def test_segmenters(tmp_path, free_size):
+  path = tmp_path / 'x.stablehlo'
+  record = {'classes': ['a']}
+  stablehlo.save_segmenter(
+    path, _logits, 24, free_size=free_size, record=record
+  )
+  program = stablehlo.Program(path)
+  assert program.record == {'size': None if free_size else 24} | record
+  random = np.random.default_rng(0)
+  other = (1, 31, 70) if free_size else (1, 24, 24)
+  for shape in ((2, 24, 24), other):
+    images = random.integers(0, 256, (*shape, 3), np.uint8)
+    labels, shares = program(images)
+    assert (labels.shape, labels.dtype) == (shape, np.uint8)
+    small = np.stack([transforms.resize_image(x, 24) for x in images])
+    wanted = resize.bilinear(_logits(small), shape[1:], align_corners=False)
+    np.testing.assert_allclose(shares, jax.nn.softmax(wanted), atol=1e-5)
+    assert np.mean(labels == wanted.argmax(-1)) > 0.999
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (24, 90), (61, 24), (7, 200)])
+def test_images_are_resized_to_the_byte(shape):
+  image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+  columns = Image.fromarray(image).resize((24, shape[0]), Image.BILINEAR)
+  wanted = columns.resize((24, 24), Image.BILINEAR)
+  with jax.enable_x64(True):
+    found = jax.jit(resizing.by_jax, static_argnums=1)(image[None], 24)[0]
+  np.testing.assert_array_equal(found, wanted)
 
 
 def test_files_that_are_not_ours(tmp_path):

@@ -18,6 +18,12 @@ import numpy as np
 OPSET, IR_VERSION = 18, 8
 LARGEST = 2**31 - 2**20  # bytes of a file: Protocol Buffers end at 2 GiB
 
+# ONNX's numbers of the types that the files here hold.
+TYPES = {
+  'float32': 1, 'uint8': 2, 'int8': 3, 'int32': 6, 'int64': 7, 'bool': 9,
+  'float64': 11, 'uint32': 12, 'uint64': 13,
+}  # fmt: skip
+
 BATCH = 'batch'  # the name of the size that is free
 
 
@@ -320,16 +326,12 @@ def type_of(dtype) -> int:
   Raises:
     ValueError: a type that the files here do not hold.
   """
-  known = {
-    'float32': 1, 'uint8': 2, 'int8': 3, 'int32': 6, 'int64': 7, 'bool': 9,
-    'float64': 11, 'uint32': 12, 'uint64': 13,
-  }  # fmt: skip
   name = np.dtype(dtype).name
-  if name not in known:
+  if name not in TYPES:
     raise ValueError(
       f'ONNX files here hold no {name}: build the model with dtype float32'
     )
-  return known[name]
+  return TYPES[name]
 
 
 def finished(graph: Graph, record: dict | None = None):

@@ -21,11 +21,10 @@ def lower(function, inputs: dict, outputs, record: dict | None = None):
   """A function as an ONNX model; what it closes over becomes weights.
 
   Args:
-    function: of arrays, by position; returns an array or a tuple of arrays.
-    inputs: {name: (shape, dtype)}, in the function's order. A first size of
-      `BATCH` is free: the file takes any.
-    outputs: names of the results, in order.
-    record: {name: anything JSON takes}, kept in the file; see `record_of`.
+    function: see `traced`, as `inputs` and `outputs`.
+    inputs: {name: (shape, dtype)}.
+    outputs: names of the results.
+    record: {name: anything JSON takes}, kept in the file; see `Program`.
 
   Returns:
     An `onnx.ModelProto`, checked.
@@ -33,6 +32,21 @@ def lower(function, inputs: dict, outputs, record: dict | None = None):
   Raises:
     ValueError: a package is missing, a primitive has no rule, or one file
       cannot hold the weights.
+  """
+  return _checked(graphs.finished(traced(function, inputs, outputs), record))
+
+
+def traced(function, inputs: dict, outputs) -> Graph:
+  """A function as a graph of ONNX's operators, for which no package is needed.
+
+  Args:
+    function: of arrays, by position; returns an array or a tuple of arrays.
+    inputs: {name: (shape, dtype)}, in the function's order. A first size of
+      `BATCH` is free: the file takes any.
+    outputs: names of the results, in order.
+
+  Raises:
+    ValueError: a primitive has no rule.
   """
   made, values = Graph(), []
   for name, (shape, dtype) in inputs.items():
@@ -47,7 +61,7 @@ def lower(function, inputs: dict, outputs, record: dict | None = None):
     value = made.plain(value)
     sizes = [size if size > 0 else _called(size) for size in value.shape]
     made.output(made.named(value), name, value.dtype, sizes)
-  return _checked(graphs.finished(made, record))
+  return made
 
 
 def lower_segmenter(
@@ -178,17 +192,30 @@ class Segmenter(Program):
     Raises:
       ValueError: images of another type, or of a size the file does not take.
     """
-    images = np.asarray(images)
-    size = self.record['size'] or 'any'
-    fits = images.ndim == 4 and images.shape[-1] == 3
-    if fits and size != 'any':
-      fits = images.shape[1:3] == (size, size)
-    if not fits or images.dtype != np.uint8:
-      raise ValueError(
-        f'images are {images.dtype} {images.shape}; this file takes uint8 '
-        f'[b, H, W, 3] with H and W {size}'
-      )
+    images = fitting(images, self.record['size'])
     return tuple(super().__call__(images))
+
+
+def fitting(images, size: int | None) -> np.ndarray:
+  """Images as an array, if a segmenter's file takes them.
+
+  Args:
+    images: uint8 [b, H, W, 3].
+    size: what H and W must be; None for any.
+
+  Raises:
+    ValueError: they are of another type or size.
+  """
+  images = np.asarray(images)
+  fits = images.dtype == np.uint8 and images.shape[3:] == (3,)
+  if fits and size:
+    fits = images.shape[1:3] == (size, size)
+  if not fits:
+    raise ValueError(
+      f'images are {images.dtype} {images.shape}; this file takes uint8 '
+      f'[b, H, W, 3] with H and W {size or "any"}'
+    )
+  return images
 
 
 def quantise(path, out) -> int:

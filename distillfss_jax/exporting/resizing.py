@@ -1,6 +1,8 @@
-"""Images of any size, resized inside a graph as Pillow resizes them."""
+"""Images of any size, resized inside a program as Pillow resizes them."""
 
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from distillfss_jax.exporting.graph import Graph, type_of
 
@@ -73,3 +75,46 @@ def _resized_rows(made, x, size):
   body.output(seen, 'sums', np.int32, [None] * 4)
   sums = made.emit('Scan', begin, places, weights, body=body, num_scan_inputs=2)
   return cast(node('Div', sums, np.int32(UNIT)), np.uint8)
+
+
+def by_jax(images, size: int):
+  """What `resized` makes, by a function that JAX traces for any size.
+
+  It has to be traced with 64-bit numbers, as Pillow computes weights in them.
+
+  Args:
+    images: uint8 [b, H, W, 3]; H and W may be symbols.
+    size: height and width of the result.
+
+  Returns:
+    uint8 [b, size, size, 3].
+  """
+  for _ in range(2):
+    images = _rows_by_jax(images.transpose(2, 0, 1, 3), size)
+  return images.transpose(2, 0, 1, 3)
+
+
+def _rows_by_jax(x, size):
+  """As `_resized_rows`; what a step needs of the weights it computes anew."""
+  n = jnp.asarray(x.shape[0], jnp.float64)
+  step = n / size
+  reach = jnp.maximum(step, 1)
+  middles = (jnp.arange(size) + 0.5) * step
+  first = jnp.maximum(jnp.floor(middles - reach + 0.5), 0)
+  taps = 2 * jnp.ceil(reach).astype(jnp.int32) + 1
+
+  def weights(tap):
+    places = first + tap
+    apart = jnp.abs(places + 0.5 - middles)
+    return jnp.maximum(1 - apart / reach, 0) * (places < n)
+
+  def add(tap, sums):
+    share = jnp.floor(weights(tap) / total * UNIT + 0.5).astype(jnp.int32)
+    places = jnp.minimum(first + tap, n - 1).astype(jnp.int32)
+    return sums + x[places].astype(jnp.int32) * share[:, None, None, None]
+
+  total = lax.fori_loop(
+    0, taps, lambda tap, sums: sums + weights(tap), jnp.zeros(size)
+  )
+  begin = jnp.full((size, *x.shape[1:]), UNIT // 2, jnp.int32)
+  return (lax.fori_loop(0, taps, add, begin) // UNIT).astype(jnp.uint8)

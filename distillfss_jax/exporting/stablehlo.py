@@ -4,16 +4,19 @@ A file is a zip of `program`, what `jax.export` serialises (StableHLO with its
 calling convention, the weights inside), and `record.json`.
 """
 
+import functools
 import io
 import json
 import pathlib
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import export
 
 from distillfss_jax import files
+from distillfss_jax.exporting import resizing
 
 BATCH = 'batch'
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -32,7 +35,8 @@ def save(
   Args:
     path: of the file.
     function: of arrays, by position.
-    inputs: {name: (shape, dtype)}, in order; a first size of `BATCH` is free.
+    inputs: {name: (shape, dtype)}, in order; a size that is a name, such as
+      `BATCH`, is free.
     platforms: that the file runs on, whichever are at hand here.
     record: {name: anything JSON takes}, kept in the file.
 
@@ -42,18 +46,59 @@ def save(
   Raises:
     ValueError: the function does not lower for a platform.
   """
-  (batch,) = export.symbolic_shape(BATCH)
-  shapes = [
-    jax.ShapeDtypeStruct([batch if x == BATCH else x for x in shape], dtype)
-    for shape, dtype in inputs.values()
-  ]
-  program = _exported(function, shapes, platforms).serialize()
+  program = _exported(function, _shapes(inputs), platforms).serialize()
   made = io.BytesIO()
   with zipfile.ZipFile(made, 'w') as archive:
     archive.writestr('record.json', json.dumps(record or {}))
     archive.writestr('program', program)
   files.write_atomically(path, made.getvalue())
   return made.tell()
+
+
+def save_segmenter(
+  path,
+  function,
+  size: int,
+  *,
+  free_size: bool = True,
+  platforms=PLATFORMS,
+  record: dict | None = None,
+) -> int:
+  """Writes a segmenter, which takes and gives what one in ONNX does.
+
+  JAX compiles it anew for each size of images.
+
+  Args:
+    path: of the file.
+    function: uint8 images [b, size, size, 3] to logits [b, h, w, 1+n].
+    size: height and width of the images it takes.
+    free_size: whether the file resizes, as `onnx.lower_segmenter` says.
+    platforms: see `save`, as the result and the errors.
+    record: {name: anything JSON takes}, kept in the file.
+  """
+  sides = ('height', 'width') if free_size else (size, size)
+  inputs = {'images': ((BATCH, *sides, 3), np.uint8)}
+  if free_size:
+    # A program of its own: the model must not get numbers of 64 bits.
+    with jax.enable_x64(True):
+      shrink = _exported(
+        functools.partial(resizing.by_jax, size=size),
+        _shapes(inputs),
+        platforms,
+      ).call
+
+  def segment(images):
+    logits = function(shrink(images) if free_size else images)
+    logits = jax.image.resize(
+      logits.astype(jnp.float32),
+      (*images.shape[:3], logits.shape[-1]),
+      'linear',
+      antialias=False,
+    )
+    return logits.argmax(-1).astype(jnp.uint8), jax.nn.softmax(logits)
+
+  record = {'size': None if free_size else size} | (record or {})
+  return save(path, segment, inputs, platforms=platforms, record=record)
 
 
 class Program:
@@ -98,6 +143,18 @@ def lowers_for(function, arguments, platforms=PLATFORMS) -> None:
   """
   for platform in platforms:
     _exported(function, arguments, [platform])
+
+
+def _shapes(inputs):
+  """What `jax.export` asks of the inputs, by their names of free sizes."""
+  sizes = [x for shape, _ in inputs.values() for x in shape]
+  names = sorted({x for x in sizes if isinstance(x, str)})
+  symbols = export.symbolic_shape(', '.join(names)) if names else ()
+  known = dict(zip(names, symbols, strict=True))
+  return [
+    jax.ShapeDtypeStruct([known.get(x, x) for x in shape], dtype)
+    for shape, dtype in inputs.values()
+  ]
 
 
 def _exported(function, arguments, platforms):

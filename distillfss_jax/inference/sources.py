@@ -10,7 +10,7 @@ from flax import nnx
 
 from distillfss_jax import config as configs
 from distillfss_jax import datasets, files, params, systems
-from distillfss_jax.exporting import onnx, stablehlo
+from distillfss_jax.exporting import onnx, stablehlo, torch
 from distillfss_jax.inference.segmenter import Segmenter
 from distillfss_jax.pretrained import weights
 from distillfss_jax.systems.base import masks_of
@@ -38,7 +38,7 @@ def load(source: str | os.PathLike, *, batch_size: int = 0) -> Segmenter:
   path = pathlib.Path(source).expanduser()
   if not path.exists():
     raise ValueError(
-      f"there is no {path}: give a run's folder, or an ONNX file"
+      f"there is no {path}: give a run's folder, or an exported file"
     )
   batch_size = batch_size or (1 if jax.default_backend() == 'cpu' else 8)
   if path.is_dir():
@@ -172,7 +172,9 @@ def usual(sizes: np.ndarray) -> tuple[int, int]:
   return height, width
 
 
-def open_file(path: str | os.PathLike) -> onnx.Segmenter | stablehlo.Program:
+def open_file(
+  path: str | os.PathLike,
+) -> onnx.Segmenter | stablehlo.Program | torch.Segmenter:
   """An exported file: uint8 images [b, H, W, 3] to labels and probabilities.
 
   Its `record` says of which `size` images must be, None for any.
@@ -181,10 +183,11 @@ def open_file(path: str | os.PathLike) -> onnx.Segmenter | stablehlo.Program:
     ValueError: it is none of ours, or a package is missing.
     OSError: it cannot be read.
   """
-  # A StableHLO file of ours is a zip.
-  if zipfile.is_zipfile(path):
-    return stablehlo.Program(path)
-  return onnx.Segmenter(path)
+  if not zipfile.is_zipfile(path):
+    return onnx.Segmenter(path)
+  if torch.wrote(path):
+    return torch.Segmenter(path)
+  return stablehlo.Program(path)
 
 
 def _of_file(path, batch_size):
