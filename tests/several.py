@@ -86,7 +86,7 @@ def run_on(folder, make, arguments=(), *, devices=1, processes=1):
     os.environ,
     JAX_PLATFORMS='cpu',
     XLA_FLAGS=f'--xla_force_host_platform_device_count={devices} '
-    # Compiles faster. At 0, XLA's second gradient of KDAS in one program is NaN.
+    # Compiles faster. At 0, the second of KDAS's gradients in a program is NaN.
     '--xla_backend_optimization_level=1',
     PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]),
   )
