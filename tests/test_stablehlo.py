@@ -114,7 +114,7 @@ ARGUMENTS = {
   'hdmnet': ('shots=5',),
 }  # fmt: skip
 # A kind each, for every run of the tests; all others are slow ones.
-QUICK = ('bam', 'camvid', 'deeplab', 'nucleus:recipe=unet')
+QUICK = ('bam', 'camvid', 'nucleus:recipe=unet')
 
 
 def _kinds():
