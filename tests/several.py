@@ -72,7 +72,7 @@ def work(folder, make, arguments, processes, process, address):
   train.run(config, pathlib.Path(folder))
 
 
-def run_on(folder, make, arguments=(), *, devices=1, processes=1):
+def run_on(folder, make, arguments=(), *, devices=1, processes=1, level=0):
   """Runs a config in programs of their own, and waits for them.
 
   Args:
@@ -81,13 +81,13 @@ def run_on(folder, make, arguments=(), *, devices=1, processes=1):
     arguments: of that function.
     devices: of each process.
     processes: of the run.
+    level: how far XLA optimises; 0 compiles fastest.
   """
   environment = dict(
     os.environ,
     JAX_PLATFORMS='cpu',
     XLA_FLAGS=f'--xla_force_host_platform_device_count={devices} '
-    # Compiles faster. At 0, the second of KDAS's gradients in a program is NaN.
-    '--xla_backend_optimization_level=1',
+    f'--xla_backend_optimization_level={level}',
     PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]),
   )
   with socket.socket() as s:

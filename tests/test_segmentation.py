@@ -307,6 +307,9 @@ def test_devices_and_processes_change_nothing(name, arg, tmp_path):
     several.run_on,
     make='test_segmentation:of_devices',
     arguments=(name, arg),
+    # At 0, XLA makes NaN of the second of KDAS's gradients in a program, and of
+    # CIRKD with eight images.
+    level=int((name, arg) != CASES[0]),
   )
   run(tmp_path / 'alone')
   for devices, processes in ((2, 1), (8, 1), (1, 2)):
