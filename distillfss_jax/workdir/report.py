@@ -174,6 +174,7 @@ def write(
     ('Support', 'support'),
     ('Episodes', 'episodes'),
     ('Curves', 'curves'),
+    ('Confidence', 'reliability'),
   ):
     path = workdir / 'panels' / f'{name}.png'
     if path.exists():
