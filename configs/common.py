@@ -147,7 +147,7 @@ def segmentation(config: ConfigDict) -> ConfigDict:
   config.teacher.backbone = ConfigDict()
   config.teacher.backbone.name = ''
   config.teacher.backbone.fields = ConfigDict()
-  config.teacher.init = ''  # a run, a file or a name
+  config.teacher.init = ''  # a run, a file, a name, or random
   config.teacher.statistics = 'running'  # | batch, of its batch norms
   config.teacher.noise = False  # whether its dropout acts
   # GB of host memory for its answers, where it says the same at each step.
@@ -315,6 +315,7 @@ def dense_done(config: ConfigDict, arg: types.SimpleNamespace) -> ConfigDict:
     config.eval.keep_best = False
     config.dense.batch_size, config.model.backbone.init = 2, ''
     if config.teacher.name:
+      config.teacher.init = config.teacher.init or 'random'
       config.teacher.backbone.name = config.model.backbone.name
       config.teacher.backbone.fields = config.model.backbone.fields
     for group in (config.model, config.teacher):

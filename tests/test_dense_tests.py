@@ -184,7 +184,8 @@ def test_evaluations_are_named(asked, tmp_path):
     assert results['test_saliency']['student']['maxDic'] > 0
     page = (tmp_path / 'report.html').read_text()
     assert 'mean Dice' in page
-    assert page.count('data-role="confidence"') == 2
+    # Evenly spaced ones, and those of the lowest score.
+    assert 2 <= page.count('data-role="confidence"') <= 3
 
 
 def of_evaluations(results):

@@ -42,6 +42,8 @@ def small(name, *arg):
     made.distiller.fields.update(
       queued_pixels=8, queued_regions=4, drawn_pixels=8, drawn_regions=8
     )
+  if made.teacher.name:
+    made.teacher.init = made.teacher.init or segmentation.RANDOM
   made.dense.batch_size, made.dense.held_out = 4, 0.0
   made.steps, made.epochs = 2 * EPOCHS, 0.0
   made.optim.schedule = 'constant'  # runs of two lengths begin alike
@@ -184,6 +186,7 @@ def test_a_file_of_the_original_is_a_teacher(tmp_path):
     ('attnfd', ('teacher.statistics', 'own'), 'there are: batch, running'),
     ('attnfd', ('distiller.fields.norm', 'all'), 'batch, sample, channel'),
     ('kdas', ('data.image_size', 100), 'multiples of 32, such as 352'),
+    ('attnfd', ('teacher.init', ''), "'attnfd' learns from a teacher: give"),
   ],
 )
 def test_what_does_not_fit_is_said_before_anything(

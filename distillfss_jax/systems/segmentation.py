@@ -15,7 +15,6 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 
 from distillfss_jax import distillers, layers, models
 from distillfss_jax.models import base as model_base
@@ -34,6 +33,7 @@ from distillfss_jax.types import (
 
 LABEL_LOSSES = ('cross_entropy', 'focal', 'structure')
 STATISTICS = ('batch', 'running')
+RANDOM = 'random'  # in place of a teacher's weights
 
 
 class Segmentation(base.System):
@@ -86,10 +86,12 @@ class Segmentation(base.System):
     if self.teacher is not None:
       init = config.teacher.init
       if not init:
-        logging.warning(
-          'the teacher is random: give --config.teacher.init=<run or file>, or '
-          'teacher= after the colon'
+        raise ValueError(
+          f'config.distiller.name={config.distiller.name!r} learns from a '
+          'teacher: give teacher=<run or file> after the colon, or '
+          f'--config.teacher.init; {RANDOM!r} is one that knows nothing'
         )
+      init = '' if init == RANDOM else init
       is_run = bool(init) and pathlib.Path(init).expanduser().is_dir()
       found.append(
         weights.Source(

@@ -180,6 +180,7 @@ class Task(base.Task):
 
   def __init__(self, config, *args):
     super().__init__(config, *args)
+    self._taught = None  # answers of a teacher that is asked once
     sizes = ['model', 'native'] if config.eval.native else ['model']
     chosen = config.dense.select == 'test' and config.eval.keep_best
     self._tests = self._tests_of(
@@ -248,7 +249,6 @@ class Task(base.Task):
   def shared(self, state):
     """Nothing; but a teacher that can be asked once for all is asked here."""
     config, data, m = self.config, self.data, len(self.data.train)
-    self._taught = None
     again = self.steps * config.dense.batch_size > m
     fixed = augment.is_fixed(config.dense.recipe)
     if self.program.teach is None or not (again and fixed):
