@@ -73,6 +73,7 @@ def moved(config, folder, tmp_path, upto):
   }
 
 
+@pytest.mark.slow
 def test_released_attnfd_trains_its_connectors_first(tmp_path):
   config = taught('attnfd')
   first = moved(config, tmp_path / 'one', tmp_path, 2)  # the first epoch
