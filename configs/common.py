@@ -66,7 +66,6 @@ def base() -> ConfigDict:
   config.eval.native = True  # also score at the images' own size
   config.eval.untrained = False  # also score the initial model
   config.eval.panels = 8  # test images to show
-  config.eval.calibration = False  # also score how sure it is
   return config
 
 
@@ -110,6 +109,7 @@ def get_config() -> ConfigDict:
 
   config.optim.trainable = ('D', 'student')
   config.eval.brightness = False  # also score thresholds: fitted, and Otsu's
+  config.eval.calibration = False  # also score how sure it is
   return config.lock()
 
 

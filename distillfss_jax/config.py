@@ -65,7 +65,7 @@ ADDED: dict[str, Any] = {
   'source.reference_classes': 0,
   'source.chosen_by': 'test',
   'support.seed': 0,
-  'teacher.keep_gb': 0.0,
+  'teacher.keep_gb': 8.0,
   'views.temperature': 1.0,
 }
 # Those of `ADDED` that only configs with a group 'dense' have.
@@ -215,6 +215,8 @@ def saved(path: str | os.PathLike) -> dict[str, Any]:
     if k.rpartition('.')[0] in groups
     and (k not in _OF_DENSE or 'dense' in groups)
   }
+  if 'views' in groups and 'eval.calibration' in added:
+    added['eval.calibration'] = True  # more is said of it, nothing else is done
   if 'dense.select' in added and not found.get('dense.held_out'):
     added['dense.select'] = 'test'  # there was nothing else to choose by
   return {**added, **found}

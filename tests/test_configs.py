@@ -1,5 +1,6 @@
 """Every experiment loads, says what it takes, and names what exists."""
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -23,6 +24,7 @@ from distillfss_jax import (
 from distillfss_jax import config as configs
 from distillfss_jax.distillers import base as distillers_base
 from distillfss_jax.pretrained import weights
+from distillfss_jax.types import Answer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = sorted(
@@ -600,7 +602,34 @@ def test_flags_reach_all_of_a_distiller():
       if isinstance(x, type) and x.__module__ == module.__name__
       and issubclass(x, distillers_base.Distiller)
     ]  # fmt: skip
+    assert set(kind.reads) <= {x.name for x in dataclasses.fields(Answer)}
     known = inspect.signature(kind.__init__).parameters.values()
     assert fields == {
       x.name: x.default for x in known if x.default is not x.empty
     }
+
+
+@pytest.mark.parametrize(
+  ('name', 'arg', 'later'),
+  [
+    ('nucleus', 'recipe=ours', ('views.temperature', 'eval.calibration')),
+    ('nucleus', 'recipe=unet', ('views.temperature', 'eval.calibration')),
+    ('nucleus', '', ('eval.calibration',)),
+    ('kdas', 'data=synthetic', ('teacher.keep_gb',)),
+  ],
+)
+def test_runs_from_before_these_options_go_on(tmp_path, name, arg, later):
+  now = load(name, arg)
+  before = configs.flat(now)
+  for key in later:
+    del before[key]
+  nested = {}
+  for key, value in before.items():
+    *groups, last = key.split('.')
+    place = nested
+    for group in groups:
+      place = place.setdefault(group, {})
+    place[last] = value
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(nested))
+  assert not configs.differences(configs.saved(path), now)

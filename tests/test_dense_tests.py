@@ -1,20 +1,17 @@
 """What a dense run tests, at which sizes, and what chooses its checkpoint."""
 
 import json
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import several
 from PIL import Image
 
 from configs import common
 from distillfss_jax import config as configs
-from distillfss_jax import datasets, parallel, systems, tasks, train
+from distillfss_jax import datasets, systems, tasks, train
 from distillfss_jax.data import augment, core, pipeline
 from distillfss_jax.datasets import scenes, synthetic
 from distillfss_jax.evaluators import base, images, metrics
@@ -301,52 +298,22 @@ def _blobs():
   return made.train, made.test
 
 
-def work(folder, processes, process, address):
-  """A run of one process, in a program of its own."""
-  if processes > 1:
-    parallel.start(address, processes, process)
+def of_processes():
+  """All evaluations of the throw-away system, which is not known there yet."""
   systems.__path__.append(str(HERE / 'throwaway'))
-  made = config(
+  return config(
     eval__keep_best=True, eval__saliency=True, eval__masks=True,
     eval__short_side=True, dense__select='test', optim__lr=0.0,
     data__args__num_test=5,
   )  # fmt: skip
-  train.run(made, folder)
 
 
 @pytest.mark.slow
 def test_two_processes_score_as_one(tmp_path):
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{s.getsockname()[1]}'
   found = []
   for count in (1, 2):
     folder = tmp_path / f'{count}'
-    jobs = []
-    for i in range(count):
-      code = 'import test_dense_tests as x; '
-      code += f'x.work(*{(str(folder), count, i, address)!r})'
-      jobs.append(
-        subprocess.Popen(
-          [sys.executable, '-c', code],
-          env={
-            **os.environ,
-            'JAX_PLATFORMS': 'cpu',
-            'PYTHONPATH': os.pathsep.join([str(HERE), str(HERE.parent)]),
-          },
-          stdout=subprocess.PIPE,
-          stderr=subprocess.STDOUT,
-          text=True,
-        )
-      )
-    try:
-      for job in jobs:
-        said, _ = job.communicate(timeout=600)
-        assert job.returncode == 0, said[-3000:]
-    finally:
-      for job in jobs:
-        job.kill()
-        job.communicate()
+    several.run_on(folder, 'test_dense_tests:of_processes', processes=count)
     found.append(json.loads((folder / 'results.json').read_text()))
     assert len(list((folder / 'masks/test').glob('*.png'))) == 5
     lines = (folder / 'saliency.csv').read_text().splitlines()

@@ -1,6 +1,5 @@
 """Dense networks in the one loop: alone, and with a teacher and a distiller."""
 
-import functools
 import json
 import pathlib
 import re
@@ -296,7 +295,7 @@ def test_killed_it_goes_on(name, arg, tmp_path, monkeypatch):
 
 
 def of_devices(name, arg):
-  """Two steps of a batch that eight devices can share; see test_several.py."""
+  """Two steps of a batch that eight devices can share."""
   config = small(name, *filter(None, (arg,)))
   with config.unlocked():
     config.dense.batch_size, config.data.args.num_train = 8, 16
@@ -308,18 +307,12 @@ def of_devices(name, arg):
 @pytest.mark.parametrize(('name', 'arg'), CASES, ids=IDS)
 def test_devices_and_processes_change_nothing(name, arg, tmp_path):
   """Norms of a whole batch, statistics and queues are those of one device."""
-  run = functools.partial(
-    several.run_on,
-    make='test_segmentation:of_devices',
-    arguments=(name, arg),
+  several.check_devices(
+    tmp_path,
+    'test_segmentation:of_devices',
+    (name, arg),
+    2,
     # At 0, XLA makes NaN of the second of KDAS's gradients in a program, and of
     # CIRKD with eight images.
     level=int((name, arg) != CASES[0]),
   )
-  run(tmp_path / 'alone')
-  for devices, processes in ((2, 1), (8, 1), (1, 2)):
-    folder = tmp_path / f'{devices}_{processes}'
-    run(folder, devices=devices, processes=processes)
-    several.check_close(
-      folder, tmp_path / 'alone', 2, loss=1e-3, rtol=2e-2, atol=2e-3
-    )
