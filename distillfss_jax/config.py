@@ -126,6 +126,8 @@ _BOUNDS = {
   'eval.patience': (0, 10**9),
   'eval.epochs': (0, 10**6),
   'support.shots': (1, 10**5),
+  'teacher.keep_gb': (0, 10**6),
+  'views.temperature': (0, 1000),
   'support.seed': (0, 2**32 - 1),
   'episodes.subsample': (0, 10**5),
   'episodes.draws': (0, 10**6),

@@ -572,6 +572,14 @@ def test_numbers_that_no_run_can_have(key, value, said):
   configs.check_values(load('demo'))
 
 
+def test_no_temperature_turns_labels_around():
+  """A negative one would, without a word."""
+  config = load('nucleus', 'recipe=ours')
+  config.views.temperature = -1.0
+  with pytest.raises(ValueError, match='views.temperature=-1.0, .* 0 to 1000'):
+    configs.check_values(config)
+
+
 @pytest.mark.parametrize('size', [50, 63, 100])
 def test_sizes_that_the_decoder_cannot_double(size):
   config = load('demo', 'smoke')
