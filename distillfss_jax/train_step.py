@@ -191,7 +191,7 @@ def _step(seed, module, tx, micro, state, shared, batch, places):
     number = state.step * len(updates) + i
     key = jax.random.fold_in(jax.random.key(seed), number)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(places)
-    items = Items(keys, places >= 0, AXIS, update)
+    items = Items(keys, places >= 0, AXIS, update, places)
     state, log = _update(module, tx, micro, state, shared, batch, items)
   return state.replace(step=state.step + 1), log
 

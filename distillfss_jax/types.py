@@ -103,12 +103,15 @@ class Items:
   valid [b] bool: whether there is such an item; the others are padding.
   axis: name of the mesh axis whose devices share the batch, or None.
   update: which of the system's `updates` this is.
+  places [b] int32: the item's place in the whole batch, -1 of padding; None
+    where devices hold the items in their order.
   """
 
   keys: Array
   valid: Array
   axis: str | None = flax.struct.field(pytree_node=False, default=None)
   update: Any = flax.struct.field(pytree_node=False, default=None)
+  places: Array | None = None
 
 
 @flax.struct.dataclass

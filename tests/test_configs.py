@@ -576,7 +576,7 @@ def test_no_temperature_turns_labels_around():
   """A negative one would, without a word."""
   config = load('nucleus', 'recipe=ours')
   config.views.temperature = -1.0
-  with pytest.raises(ValueError, match='views.temperature=-1.0, .* 0 to 1000'):
+  with pytest.raises(ValueError, match=r'views\.temperature=-1\.0, .* to 1000'):
     configs.check_values(config)
 
 

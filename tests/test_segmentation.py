@@ -300,6 +300,7 @@ def of_devices(name, arg):
   with config.unlocked():
     config.dense.batch_size, config.data.args.num_train = 8, 16
     config.steps = 2
+    config.optim.lr = 1e-3  # of ten times that, rounding grows in a step
   return config
 
 

@@ -9,10 +9,17 @@ from distillfss_jax.types import Array, Items
 
 
 def everywhere(tree: Any, items: Items) -> Any:
-  """The items of all devices, in the devices' order."""
+  """The items of all devices, in the batch's order; padding comes last."""
   if items.axis is None:
     return tree
-  return jax.lax.all_gather(tree, items.axis, tiled=True)
+  found, places = jax.lax.all_gather(
+    (tree, items.places), items.axis, tiled=True
+  )
+  # Of one process they are in order; several take the items in turns.
+  if places is None or jax.process_count() == 1:
+    return found
+  order = jnp.argsort(jnp.where(places < 0, places.size, places))
+  return jax.tree.map(lambda x: x[order], found)
 
 
 def total(x: Array, items: Items) -> Array:
