@@ -68,8 +68,15 @@ ADDED: dict[str, Any] = {
   'teacher.keep_gb': 8.0,
   'views.temperature': 1.0,
 }
-# Those of `ADDED` that only configs with a group 'dense' have.
-_OF_DENSE = ('eval.short_side', 'eval.saliency', 'eval.masks')
+# Those of `ADDED` that only some configs with their group have: the key that
+# tells which.
+_WITH = {
+  'eval.short_side': 'dense.select',
+  'eval.saliency': 'dense.select',
+  'eval.masks': 'dense.select',
+  'eval.calibration': 'eval.brightness',
+  'support.ids': 'support.rule',
+}
 
 
 def load(text: str) -> ConfigDict:
@@ -211,12 +218,9 @@ def saved(path: str | os.PathLike) -> dict[str, Any]:
   """
   found = {renamed(k): v for k, v in flat(files.read_json(path)).items()}
   groups = {key.rpartition('.')[0] for key in found}
-  added = {
-    k: v
-    for k, v in ADDED.items()
-    if k.rpartition('.')[0] in groups
-    and (k not in _OF_DENSE or 'dense' in groups)
-  }
+  added = {k: v for k, v in ADDED.items() if k.rpartition('.')[0] in groups}
+  there = found.keys() | added.keys()
+  added = {k: v for k, v in added.items() if _WITH.get(k, k) in there}
   if 'views' in groups and 'eval.calibration' in added:
     added['eval.calibration'] = True  # more is said of it, nothing else is done
   if 'dense.select' in added and not found.get('dense.held_out'):

@@ -617,6 +617,19 @@ def test_flags_reach_all_of_a_distiller():
     }
 
 
+def older(path, config, later):
+  """Writes the config.json of a run from before some options."""
+  nested = {}
+  for key, value in configs.flat(config).items():
+    if key not in later:
+      *groups, last = key.split('.')
+      place = nested
+      for group in groups:
+        place = place.setdefault(group, {})
+      place[last] = value
+  path.write_text(json.dumps(nested))
+
+
 @pytest.mark.parametrize(
   ('name', 'arg', 'later'),
   [
@@ -628,16 +641,16 @@ def test_flags_reach_all_of_a_distiller():
 )
 def test_runs_from_before_these_options_go_on(tmp_path, name, arg, later):
   now = load(name, arg)
-  before = configs.flat(now)
-  for key in later:
-    del before[key]
-  nested = {}
-  for key, value in before.items():
-    *groups, last = key.split('.')
-    place = nested
-    for group in groups:
-      place = place.setdefault(group, {})
-    place[last] = value
-  path = tmp_path / 'config.json'
-  path.write_text(json.dumps(nested))
-  assert not configs.differences(configs.saved(path), now)
+  older(tmp_path / 'config.json', now, later)
+  before = configs.saved(tmp_path / 'config.json')
+  assert not configs.differences(before, now)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_run_from_before_all_options_gets_those_of_its_config(tmp_path, name):
+  """None that its config does not have: no command would give it."""
+  now = load(name)
+  older(tmp_path / 'config.json', now, configs.ADDED)
+  assert (
+    configs.saved(tmp_path / 'config.json').keys() <= configs.flat(now).keys()
+  )
