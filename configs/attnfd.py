@@ -49,7 +49,7 @@ def get_config(arg=None):
   if arg.distiller != 'none':
     _taught(config, arg, attention, released)
   if not released:
-    config.loss.divided, config.dense.recipe = False, 'attnfd_void'
+    common.undivided(config, arg)
   if arg.data == 'synthetic':
     small = {'resnet18': 'resnet_tiny'}.get(arg.backbone, arg.backbone)
     common.small_deeplab(config.model, small)

@@ -33,7 +33,7 @@ def get_config(arg=None):
   common.deeplab(config.model, arg.backbone, attention=arg.attention)
   common.of_streets(config, arg)
   if arg.recipe == 'repaired':
-    config.loss.divided, config.dense.recipe = False, 'attnfd_void'
+    common.undivided(config, arg)
   if arg.data == 'synthetic':
     small = {'resnet101': 'resnet_small', 'resnet18': 'resnet_tiny'}
     common.small_deeplab(config.model, small.get(arg.backbone, arg.backbone))
