@@ -274,8 +274,8 @@ def of_streets(
 def undivided(config: ConfigDict, arg: types.SimpleNamespace) -> None:
   """Cross-entropy as it is, not divided by the batch once more.
 
-  The rate on scenes was chosen for the divided one, and is brought in line; that
-  of VOC, 0.007, is usual without it.
+  The rate on scenes was chosen for the divided one, and is brought in line;
+  that of VOC, 0.007, is usual without it.
   """
   config.loss.divided, config.dense.recipe = False, 'attnfd_void'
   if arg.data == 'synthetic':
