@@ -35,8 +35,9 @@ TEXTS = sorted(
 # Who stands where; what is not named stands on top, beside main.
 FLOORS = {
   **dict.fromkeys(('types', 'files'), 0),
-  **dict.fromkeys(('config', 'exporting', 'ops', 'params', 'parallel'), 1),
-  **dict.fromkeys(('layers', 'data', 'optim', 'workdir', 'feeding'), 2),
+  **dict.fromkeys(('config', 'ops', 'params', 'parallel'), 1),
+  **dict.fromkeys(('layers', 'data', 'exporting', 'optim'), 2),
+  **dict.fromkeys(('workdir', 'feeding'), 2),
   **dict.fromkeys(('backbones', 'datasets', 'distillers', 'pretrained'), 3),
   'models': 4,
   'systems': 5,

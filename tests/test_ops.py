@@ -18,6 +18,7 @@ from distillfss_jax.ops import (
   conv,
   losses,
   metrics,
+  platform,
   random,
   resize,
   ways,
@@ -163,6 +164,42 @@ def test_a_convolution_commutes_with_upsampling(sizes):
       strict=True,
     ):
       np.testing.assert_allclose(a, b, atol=1e-5 * max(1, abs(b).max()))
+
+
+@pytest.mark.parametrize(
+  ('shape', 'outputs', 'fewer'),
+  [
+    ((2, 16, 16, 128), 128, True),
+    ((3, 15, 13, 130), 140, True),  # a half tile at the borders
+    ((3, 15, 13, 127), 140, False),  # few channels,
+    ((3, 15, 13, 130), 127, False),
+    ((1, 15, 13, 130), 140, False),  # or places: the plain form is faster
+  ],
+  ids=str,
+)
+def test_winograds_products_are_the_convolution(shape, outputs, fewer):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=shape).astype(np.float32)
+  kernel = rng.normal(size=(3, 3, shape[-1], outputs)).astype(np.float32) / 34
+  pull = rng.normal(size=(*shape[:-1], outputs)).astype(np.float32)
+  plain = functools.partial(conv._conv, form=(1, ((1, 1), (1, 1)), 1, 1))
+  for f in (lambda f: f, lambda f: jax.grad(_scalar(f, pull), (0, 1))):
+    for a, b in zip(
+      jax.tree.leaves(jax.jit(f(conv.conv2d))(x, kernel)),
+      jax.tree.leaves(jax.jit(f(plain))(x, kernel)),
+      strict=True,
+    ):
+      np.testing.assert_allclose(a, b, atol=1e-5 * abs(b).max())
+  program = str(jax.make_jaxpr(conv.conv2d)(x, kernel))
+  assert ('conv_general_dilated' not in program) == fewer
+  # An accelerator's library chooses for itself, and half precision is too
+  # coarse for sums of taps.
+  half = (array.astype('bfloat16') for array in (x, kernel))
+  half = str(jax.make_jaxpr(conv.conv2d)(*half))
+  with platform.made_for('cuda'):
+    elsewhere = str(jax.make_jaxpr(lambda *args: conv.conv2d(*args))(x, kernel))
+  for program in (half, elsewhere):
+    assert 'conv_general_dilated' in program
 
 
 def _scalar(f, pull):

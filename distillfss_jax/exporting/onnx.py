@@ -13,6 +13,7 @@ from distillfss_jax import files
 from distillfss_jax.exporting import graph as graphs
 from distillfss_jax.exporting import primitives, resizing
 from distillfss_jax.exporting.graph import BATCH, Graph, needs, tensor
+from distillfss_jax.ops import platform
 
 KIND = 'distillfss_jax segmenter 1'  # in the record of a file that is ours
 
@@ -285,7 +286,9 @@ def _inlined(made, function, values):
     for value in values
   ]
   try:
-    closed = jax.make_jaxpr(function)(*shapes)
+    # Convolutions stay convolutions: what runs the file has forms of its own.
+    with platform.made_for('cuda'):
+      closed = jax.make_jaxpr(function)(*shapes)
   except Exception as error:  # JAX has many for what asks for the batch
     raise ValueError(
       f'the function cannot be traced for a batch of any size: {error}'

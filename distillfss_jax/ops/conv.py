@@ -82,10 +82,13 @@ def _conv_for_cpu(x, kernel, form):
   XLA's own gradient convolutions are up to forty times slower than the forward
   one inside a loop. As matrix products and a forward convolution they run at
   the machine's rate everywhere. Depthwise ones are sums of shifted products,
-  a hundredth of the time of XLA's loop.
+  a hundredth of the time of XLA's loop. Those of 3 x 3 between many channels
+  are Winograd's.
   """
   stride, pads, dilation, groups = form
   size, _, c, d = kernel.shape
+  if _by_winograd(x, kernel, form):
+    return winograd(x, kernel)
   if not (c == 1 and d == groups):
     return _conv(x, kernel, form)
   out = [
@@ -120,6 +123,8 @@ def _conv_for_cpu_bwd(form, residuals, dy):
     dy, jnp.zeros((), dy.dtype), ((0, 0, 0), gap, gap, (0, 0, 0))
   )
   dx = _conv_for_cpu(spread, turned, (1, tuple(back), dilation, groups))
+  if _by_winograd(x, kernel, form):
+    return dx, jax.vjp(lambda kernel: winograd(x, kernel), kernel)[1](dy)[0]
   keeps = stride == 1 and all(pad == (reach / 2,) * 2 for pad in pads)
   if groups == 1 and keeps and (d < c or c >= 1024):
     # One product with all shifts of the narrower side next to each other.
@@ -145,6 +150,72 @@ def _conv_for_cpu_bwd(form, residuals, dy):
 
 
 _conv_for_cpu.defvjp(_conv_for_cpu_fwd, _conv_for_cpu_bwd)
+
+
+def _by_winograd(x, kernel, form):
+  """Whether fewer products are worth what is added and moved for them.
+
+  Measured on two cores, between 64 and 2048 channels and 100 and 10,000 places:
+  below 128 channels what is moved decides, with few places the kernel is.
+  """
+  if not all(isinstance(n, int) for n in x.shape):
+    return False  # an export with sizes that are free
+  b, h, w, _ = x.shape
+  c, d = kernel.shape[2:]
+  plain = form == (1, ((1, 1), (1, 1)), 1, 1) and len(kernel) == 3
+  tiles = b * -(-h // 2) * -(-w // 2)
+  exact = x.dtype == kernel.dtype == jnp.float32  # bfloat16 would lose digits
+  return plain and exact and min(c, d, tiles) >= 128
+
+
+def winograd(x: Array, kernel: Array) -> Array:
+  """A 3 x 3 convolution with 4/9 of the multiplications (1509.09308, F(2, 3)).
+
+  Each 4 x 4 tile of x and each kernel are brought to a form in which 2 x 2
+  outputs are 16 products per pair of channels, where they are 36 otherwise:
+  16 matrix products over all tiles. In float32 results differ from those of
+  the plain form by some millionths of the largest.
+
+  Args:
+    x: [b, h, w, c].
+    kernel: [3, 3, c, c'].
+
+  Returns:
+    [b, h, w, c'], as `conv2d` gives it.
+  """
+  b, h, w, c = x.shape
+  down, across = -(-h // 2), -(-w // 2)
+  x = jnp.pad(
+    x, ((0, 0), (1, 2 * down - h + 1), (1, 2 * across - w + 1), (0, 0))
+  )
+  tiles = [
+    [x[:, i : i + 2 * down : 2, j : j + 2 * across : 2] for j in range(4)]
+    for i in range(4)
+  ]
+  tiles = _along_both(
+    lambda x: (x[0] - x[2], x[1] + x[2], x[2] - x[1], x[1] - x[3]), tiles
+  )
+  taps = _along_both(
+    lambda k: (
+      k[0], (k[0] + k[1] + k[2]) / 2, (k[0] - k[1] + k[2]) / 2, k[2],
+    ),
+    kernel,
+  )  # fmt: skip
+  made = [
+    [x.reshape(-1, c) @ tap for x, tap in zip(*rows, strict=True)]
+    for rows in zip(tiles, taps, strict=True)
+  ]
+  made = _along_both(lambda y: (y[0] + y[1] + y[2], y[1] - y[2] - y[3]), made)
+  y = jnp.stack([jnp.stack(row, 1) for row in made], 1)  # [tiles, 2, 2, c']
+  y = y.reshape(b, down, across, 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
+  return y.reshape(b, 2 * down, 2 * across, -1)[:, :h, :w]
+
+
+def _along_both(change, rows):
+  """Changes each row of arrays, and then each column of what comes of it."""
+  rows = [change(row) for row in rows]
+  columns = [change(column) for column in zip(*rows, strict=True)]
+  return list(zip(*columns, strict=True))
 
 
 def _shifts(x, size, form, out):
