@@ -51,10 +51,9 @@ def get_config(arg=None):
   if not released:
     common.undivided(config, arg)
   if arg.data == 'synthetic':
-    small = {'resnet18': 'resnet_tiny'}.get(arg.backbone, arg.backbone)
-    common.small_deeplab(config.model, small)
+    common.small_deeplab(config.model, arg.backbone)
     if arg.distiller != 'none':
-      common.small_deeplab(config.teacher, 'resnet_small')
+      common.small_deeplab(config.teacher, arg.teacher_backbone)
     config.epochs = 20.0
     if arg.distiller == 'cirkd':
       config.distiller.fields.update(queued_pixels=512, queued_regions=128)

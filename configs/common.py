@@ -213,7 +213,8 @@ def _chosen(config: ConfigDict, arg: types.SimpleNamespace) -> None:
 
 def small_deeplab(model: ConfigDict, backbone: str) -> None:
   """The same for scenes drawn from a seed, in minutes."""
-  model.backbone.name = backbone
+  small = {'resnet101': 'resnet_small', 'resnet18': 'resnet_tiny'}
+  model.backbone.name = small.get(backbone, backbone)
   model.backbone.fields = ConfigDict({'output_stride': 16})
   model.fields.width = 64
 
@@ -388,6 +389,7 @@ ARGUMENTS = {
   'student': ('full', 'light', 'attention'),
   'model_shots': ('1', '5'),  # that the model of bam or hdmnet takes at once
   'seed': int,
+  'unlabelled': str,  # train, or a folder of images: of our recipes
   'smoke': False,
 }
 
@@ -445,11 +447,20 @@ def benchmark(
         f'{", ".join(left)} belong to recipe=paper; recipe={arg.recipe} has a '
         'model of its own'
       )
-    few_views(config, look='auto' if arg.recipe == 'ours' else 'recolour')
+    few_views(
+      config,
+      look='auto' if arg.recipe == 'ours' else 'recolour',
+      unlabelled=arg.unlabelled,
+    )
     if arg.recipe == 'unet':
       config.optim.trainable = ('.*',)
       config.optim.groups = ((r'model/backbone/.*', 0.25, None, '', ''),)
     return config, arg
+  if arg.unlabelled:
+    raise ValueError(
+      f'unlabelled={arg.unlabelled} belongs to recipe=ours and recipe=unet; '
+      f'recipe=paper learns from annotated images alone'
+    )
   if 'model_shots' in given and {arg.method, arg.teacher} & set(ANY_SHOTS):
     raise ValueError(
       f'model_shots={arg.model_shots} is of bam and hdmnet; the model of '
@@ -474,7 +485,7 @@ def benchmark(
   return config, arg
 
 
-def few_views(config: ConfigDict, *, look: str) -> None:
+def few_views(config: ConfigDict, *, look: str, unlabelled: str = '') -> None:
   """Our recipe for few images: a U-Net on a pretrained backbone, by views.
 
   Its constants were set once, and none was chosen on a test set;
@@ -499,8 +510,12 @@ def few_views(config: ConfigDict, *, look: str) -> None:
     config.views.temperature = 0.0 if look == 'auto' else 1.0
     config.views.size = 128  # of a view, in pixels
     config.views.sides = (96.0, 384.0)  # of a whole image in a view
+    # More images, which nobody annotated: train, the other training images, or
+    # a folder of them. Half of the views are theirs.
+    config.support.unlabelled = unlabelled
   # Of up to twenty images each is seen as often as each of five in 300 steps.
   config.steps = 60 * min(max(config.support.shots, 5), 20)
+  config.steps *= 2 if unlabelled else 1
   config.log_every, config.checkpoint_every = 50, 100
   config.optim.lr, config.optim.trainable = 2e-3, ('decoder',)
   config.optim.schedule, config.optim.warmup = 'cosine', '20'

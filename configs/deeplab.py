@@ -35,7 +35,6 @@ def get_config(arg=None):
   if arg.recipe == 'repaired':
     common.undivided(config, arg)
   if arg.data == 'synthetic':
-    small = {'resnet101': 'resnet_small', 'resnet18': 'resnet_tiny'}
-    common.small_deeplab(config.model, small.get(arg.backbone, arg.backbone))
+    common.small_deeplab(config.model, arg.backbone)
     config.epochs = 20.0
   return common.dense_done(config, arg)

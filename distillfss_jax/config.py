@@ -65,6 +65,7 @@ ADDED: dict[str, Any] = {
   'source.reference_classes': 0,
   'source.chosen_by': 'test',
   'support.seed': 0,
+  'support.unlabelled': '',
   'teacher.keep_gb': 8.0,
   'views.temperature': 1.0,
 }
@@ -76,6 +77,7 @@ _WITH = {
   'eval.masks': 'dense.select',
   'eval.calibration': 'eval.brightness',
   'support.ids': 'support.rule',
+  'support.unlabelled': 'views.look',
 }
 
 

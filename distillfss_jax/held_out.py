@@ -26,11 +26,11 @@ from distillfss_jax import files, parallel, train_step
 from distillfss_jax.ops import views
 from distillfss_jax.ops.metrics import Confusion
 from distillfss_jax.systems import finetune
-from distillfss_jax.types import VOID, Table
+from distillfss_jax.types import VOID
 from distillfss_jax.workdir import writer
 
 LOOK, TEMPERATURE = configs.CHOSEN
-STEPS, TOGETHER = 100, 10  # of a try; of a dispatch
+STEPS = 100  # of a try
 _EVERY = 3  # row and column whose pixel says how sure a model is
 _VIEWS = 'as they are', 'recoloured'
 RECOLOURED = 3  # times that a held-out image is scored in other colours
@@ -123,18 +123,16 @@ def score(
   order = np.concatenate([np.arange(count)[::2], np.arange(count)[1::2]])
   found, said = [], []
   for number, half in enumerate((order, order[::-1])):
-    state = parallel.replicate(program.start(initial), mesh)
-    shared = program.shared(
+    variables = train_step.learn(
+      program,
+      mesh,
       initial,
       support.images[half[:kept]],
-      support.labels[half[:kept]].astype(np.int32),
+      support.labels[half[:kept]],
+      views=config.episodes.draws,
+      steps=STEPS,
+      tell=lambda done, number=number: tell(number * STEPS + done),
     )
-    shared = parallel.replicate(jax.device_get(shared), mesh)
-    for step in range(0, STEPS, TOGETHER):
-      table, places = _batches(step, config.episodes.draws, kept)
-      state, _ = program.dispatch(state, shared, table, places, TOGETHER)
-      tell(number * STEPS + step + TOGETHER)
-    variables = parallel.local(state.variables)
     for i in half[kept:]:
       of_image = {name: Confusion.empty(1 + ways) for name in _VIEWS}
       for name, seen in _held_out_views(config.seed, support.images[i], int(i)):
@@ -187,14 +185,6 @@ def fitted_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return np.mean(np.log(np.exp(logits / t).sum(-1)) - own / t)
 
   return float(min(2.0 ** np.linspace(-3, 3, 73), key=cross_entropy))
-
-
-def _batches(step, views_, images):
-  """The tables and places of `TOGETHER` steps, images in turn."""
-  shape = (TOGETHER, views_)
-  table = step * views_ + np.arange(TOGETHER * views_, dtype=np.int32)
-  places = np.broadcast_to(np.arange(views_, dtype=np.int32), shape)
-  return Table((table % images).reshape(*shape, 1)), places
 
 
 def _held_out_views(seed, image, number):

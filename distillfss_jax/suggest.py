@@ -53,7 +53,11 @@ def run(raw: str, count: int, data_dir: str, name: str | None = None) -> list:
         f'{raw} has {len(names)} images, and up to {MOST} can be compared: '
         'give a folder with a part of them'
       )
-    small, bad = _read(found, names)
+    small, bad = download.photos(
+      found,
+      names,
+      lambda x: np.asarray(Image.fromarray(x).resize((SIZE, SIZE))),
+    )
   names = [x for x in names if x in small]
   if len(names) < count:
     raise ValueError(
@@ -82,27 +86,6 @@ def run(raw: str, count: int, data_dir: str, name: str | None = None) -> list:
     print(f'{i:4} {x}')
   print(f'list: {place}/suggested.txt\nlook: {place}/suggested.png')
   return chosen
-
-
-def _read(found, names):
-  """{name: uint8 [SIZE, SIZE, 3]}, and the names of those that are none."""
-  small, bad = {}, []
-
-  def read(name):
-    try:
-      pixels, _ = download.photo(found.read(name), name)
-    except download.BadFileError:
-      return name, None
-    return name, np.asarray(Image.fromarray(pixels).resize((SIZE, SIZE)))
-
-  for name, image in download.bar(
-    download.ahead(read, names), 'reading', len(names)
-  ):
-    if image is None:
-      bad.append(name)
-    else:
-      small[name] = image
-  return small, bad
 
 
 def _features(images):

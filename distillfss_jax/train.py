@@ -31,6 +31,7 @@ from distillfss_jax import (
   params,
   tasks,
   train_step,
+  unlabelled,
 )
 from distillfss_jax.evaluators.base import COLUMNS
 from distillfss_jax.ops.metrics import Confusion
@@ -88,6 +89,7 @@ def _run(config, workdir, stop):
     first = jax.process_index() == 0
     return files.read_json(results) if first else {}
   config = held_out.decide(config, data, workdir)
+  data.shares = unlabelled.answer(config, data, workdir)
   steps = total_steps(config, data.per_epoch)
   mesh = parallel.mesh()
   program = train_step.build(

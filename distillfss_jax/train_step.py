@@ -10,13 +10,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from distillfss_jax import optim, parallel, params, systems
 from distillfss_jax.ops import platform
 from distillfss_jax.pretrained import weights
-from distillfss_jax.types import AXIS, Items, TrainState
+from distillfss_jax.types import AXIS, Items, Table, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +136,48 @@ def build(
     takes=system.takes,
     rate=optim.schedule(config.optim, steps, per_epoch),
   )
+
+
+TOGETHER = 10  # steps of a dispatch of `learn`
+
+
+def learn(
+  program: Program,
+  mesh: jax.sharding.Mesh,
+  initial: dict,
+  images: np.ndarray,
+  labels: np.ndarray,
+  *,
+  views: int,
+  steps: int,
+  tell: Callable[[int], object] = lambda done: None,
+) -> dict:
+  """A short training before a run, of a system that takes rows of one image.
+
+  Args:
+    program: of the system, whose schedule has as many steps.
+    mesh: of one device of this process: it is little work.
+    initial: variables.
+    images: uint8 [m, S, S, 3].
+    labels: [m, S, S].
+    views: of a step; the images take turns.
+    steps: a multiple of `TOGETHER`.
+    tell: is told how many are done.
+
+  Returns:
+    The variables afterwards.
+  """
+  state = parallel.replicate(program.start(initial), mesh)
+  shared = program.shared(initial, images, labels.astype(np.int32))
+  shared = parallel.replicate(jax.device_get(shared), mesh)
+  shape = (TOGETHER, views)
+  places = np.broadcast_to(np.arange(views, dtype=np.int32), shape)
+  for step in range(0, steps, TOGETHER):
+    table = step * views + np.arange(TOGETHER * views, dtype=np.int32)
+    table = Table((table % len(images)).reshape(*shape, 1))
+    state, _ = program.dispatch(state, shared, table, places, TOGETHER)
+    tell(step + TOGETHER)
+  return parallel.local(state.variables)
 
 
 def _rows(items, *, micro, devices):

@@ -8,12 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from configs import common
-from distillfss_jax import backbones, config, held_out, params, systems
+from distillfss_jax import (
+  backbones,
+  config,
+  datasets,
+  held_out,
+  params,
+  systems,
+  train,
+  train_step,
+  unlabelled,
+)
 from distillfss_jax.data import support as support_lib
 from distillfss_jax.models import unet
 from distillfss_jax.ops import losses
+from distillfss_jax.tasks import adaptation
 from distillfss_jax.types import VOID
 
 
@@ -27,6 +39,30 @@ def test_dice_by_hand():
   everywhere = jnp.broadcast_to(jnp.array([0.0, 50.0]), (2, 1, 4, 2))
   found = losses.dice(everywhere, labels)
   np.testing.assert_allclose(found, [1 - 5 / 6, 1 - 1 / 5], atol=1e-6)
+
+
+def test_shares_that_are_sure_are_labels():
+  rng = np.random.default_rng(0)
+  logits = jnp.asarray(rng.normal(size=(3, 6, 5, 3)), jnp.float32)
+  labels = rng.integers(0, 3, (3, 6, 5))
+  labels[1, :3] = VOID
+  shares = jax.nn.one_hot(labels, 3)  # of void all 0
+  sums = losses.cross_entropy(logits, labels)
+  for a, b in zip(losses.cross_entropy(logits, shares), sums, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+  np.testing.assert_allclose(
+    losses.dice(logits, shares), losses.dice(logits, labels), rtol=1e-5
+  )
+
+
+def test_a_share_by_hand():
+  """A quarter of what was certain: -log p in these parts, and p of them."""
+  shares = jnp.array([[[[0.75, 0.25]]]])
+  logits = jnp.log(jnp.array([[[[0.5, 0.5]]]]))
+  [found], [count] = losses.cross_entropy(logits, shares)
+  assert (found, count) == (pytest.approx(np.log(2)), 1)
+  expected = 1 - (2 * 0.5 * 0.25 + 1) / (0.5 + 0.25 + 1)
+  np.testing.assert_allclose(losses.dice(logits, shares), [expected], rtol=1e-5)
 
 
 def test_dice_of_several_classes_is_of_those_shown():
@@ -275,3 +311,125 @@ def _answer(system, variables, images):
   graph, abstract = nnx.split(system)
   module = nnx.merge(graph, params.replace(abstract, variables))
   return module.predict(images, None, ('student',))
+
+
+# --- images without labels ---------------------------------------------------
+
+
+def test_half_of_the_rows_are_of_others():
+  rows = support_lib.half_of_others(3, 5, draws=5, seed=1)
+  found = np.stack([rows(step)[0][:, 0] for step in range(5)])
+  own, others = found[:, :3], found[:, 3:]
+  assert (np.sort(own, 1) == [0, 1, 2]).all()
+  # Each once before any comes again, in another order each time.
+  first, second = others.reshape(2, 5).tolist()
+  assert sorted(first) == sorted(second) == [3, 4, 5, 6, 7]
+  assert first != second
+  assert rows(0)[1].all()
+  with pytest.raises(ValueError, match='draws=1'):
+    support_lib.half_of_others(3, 5, draws=1)
+
+
+def _folder(path, count=3):
+  path.mkdir()
+  rng = np.random.default_rng(0)
+  for i in range(count):
+    image = rng.integers(0, 255, (20 + i, 30, 3), dtype=np.uint8)
+    Image.fromarray(image).save(path / f'{i}.png')
+  return path
+
+
+def test_images_of_a_folder(tmp_path, caplog):
+  (_folder(tmp_path / 'more') / 'bad.png').write_bytes(b'no image')
+  found = adaptation.unlabelled_images(str(tmp_path / 'more'), None, [], 32)
+  assert found.ids == ('0.png', '1.png', '2.png')
+  assert found.images.shape == (3, 32, 32, 3)
+  assert found.labels is None
+  assert 'bad.png' in caplog.text
+
+
+def test_a_folder_without_images(tmp_path):
+  (tmp_path / 'notes.txt').write_text('none')
+  with pytest.raises(ValueError, match='no image that can be read'):
+    adaptation.unlabelled_images(str(tmp_path), None, [], 32)
+  with pytest.raises(ValueError, match='does not exist'):
+    adaptation.unlabelled_images(str(tmp_path / 'nowhere'), None, [], 32)
+
+
+def test_the_other_training_images():
+  dataset = datasets.load('synthetic', num_train=6, num_test=2, image_size=64)
+  found = adaptation.unlabelled_images('train', dataset, [1, 4], 32)
+  assert found.ids == tuple(dataset.train.ids[i] for i in (0, 2, 3, 5))
+  with pytest.raises(ValueError, match='all 6 training images'):
+    adaptation.unlabelled_images('train', dataset, range(6), 32)
+
+
+def test_many_images_are_thinned_out(monkeypatch, caplog):
+  monkeypatch.setattr(adaptation, 'MOST_UNLABELLED', 3)
+  dataset = datasets.load('synthetic', num_train=8, num_test=2, image_size=64)
+  found = adaptation.unlabelled_images('train', dataset, [0], 32)
+  assert found.ids == tuple(dataset.train.ids[i] for i in (1, 4, 7))
+  assert '3 of its 7 images' in caplog.text
+
+
+def test_they_belong_to_our_recipes():
+  ours = config.load('configs/nucleus.py:recipe=ours,unlabelled=train')
+  assert ours.support.unlabelled == 'train'
+  assert ours.steps == 600  # half of the views are annotated, as many as before
+  with pytest.raises(ValueError, match='recipe=paper learns from annotated'):
+    config.load('configs/nucleus.py:unlabelled=train')
+
+
+def test_a_first_network_answers(tmp_path, monkeypatch):
+  """Soft labels that sum to 1, kept for a run that goes on."""
+  made = config.load('configs/nucleus.py:recipe=ours,smoke,unlabelled=train')
+  made = made.copy_and_resolve_references()
+  with made.unlocked():
+    made.data.image_size = made.views.size = 64
+  made.views.update(look='colour', temperature=1.0, sides=(64.0, 64.0))
+  data = _data(side=64)
+  images = np.stack([*data.support.images, *data.support.images[::-1]])[1:]
+  data.unlabelled = types.SimpleNamespace(images=images)
+  shares = unlabelled.answer(made, data, tmp_path)
+  assert shares.shape == (5, 64, 64, 2)
+  assert abs(shares.astype(int).sum(-1) - 255).max() <= 1
+  np.testing.assert_array_equal(shares[1], shares[2])  # the same image
+  monkeypatch.delattr(train_step, 'learn')  # it is not trained again
+  np.testing.assert_array_equal(unlabelled.answer(made, data, tmp_path), shares)
+  whole = (tmp_path / unlabelled.FILE).read_bytes()
+  (tmp_path / unlabelled.FILE).write_bytes(whole[:200])
+  with pytest.raises(ValueError, match='damaged'):
+    unlabelled.answer(made, data, tmp_path)
+
+
+def test_a_run_learns_from_them(tmp_path):
+  made = config.load(
+    'configs/nucleus.py:recipe=ours,data=synthetic,smoke,unlabelled=train'
+  )
+  results = train.run(made, tmp_path / 'run')
+  assert 0 <= results['test']['student']['miou'] <= 1
+  told = json.loads((tmp_path / 'run/ids.json').read_text())
+  assert told['unlabelled']
+  assert not set(told['unlabelled']) & {*told['support'], *told['test']}
+
+
+def test_of_no_annotated_image_alone_is_anything_other():
+  """Annotated and other images lie in one list, in this order."""
+  made = _small()
+  system, draw = systems.build(made, 1)
+  del draw
+  data = _data(side=64)
+  shares = np.full((1, 64, 64, 2), (255, 0), np.uint8)
+  images = np.concatenate([data.support.images, data.support.images[:1]])
+  labels = data.support.labels.astype(np.int32)
+  labels[0, 0] = VOID
+  shared = system.shared(images, labels, shares)
+  assert len(shared.atlas) == 4
+  np.testing.assert_array_equal(shared.labels[3], shares[0])
+  np.testing.assert_array_equal(
+    shared.labels[:3].argmax(-1), np.where(labels == VOID, 0, labels)
+  )
+  assert not shared.labels[0, 0].any()  # void
+  alone = system.shared(data.support.images, labels)
+  np.testing.assert_array_equal(shared.atlas[:3], alone.atlas)
+  np.testing.assert_array_equal(shared.places[:3], alone.places)

@@ -42,7 +42,7 @@ FLOORS = {
   'models': 4,
   'systems': 5,
   **dict.fromkeys(('train_step', 'evaluators'), 6),
-  **dict.fromkeys(('held_out', 'tasks'), 7),
+  **dict.fromkeys(('held_out', 'tasks', 'unlabelled'), 7),
   **dict.fromkeys(('inference', 'suggest', 'train'), 8),
   'measuring': 9,
 }  # fmt: skip

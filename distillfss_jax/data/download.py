@@ -502,6 +502,25 @@ def ahead(function, items, whole=lambda item: item):
       yield from waiting.popleft().result()
 
 
+def photos(found: Files, names, change) -> tuple[dict, list]:
+  """Decodes images, with a bar: {name: what `change` makes}, and those bad."""
+  made, bad = {}, []
+
+  def read(name):
+    try:
+      pixels, _ = photo(found.read(name), name)
+    except BadFileError:
+      return name, None
+    return name, change(pixels)
+
+  for name, image in bar(ahead(read, names), 'reading', len(names)):
+    if image is None:
+      bad.append(name)
+    else:
+      made[name] = image
+  return made, bad
+
+
 def held_out(ids, share=0.2, seed=42):
   """Gives the test ids that the reference's rule picks, in its order.
 

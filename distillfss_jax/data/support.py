@@ -4,7 +4,9 @@ Everything here is a pure function of its arguments: two machines, or a run that
 was killed and went on, choose the same images. Numpy only.
 """
 
+import functools
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -295,6 +297,48 @@ def random_episodes(present, subsample, queries, generator):
     table[row] = [query, first, *rest]
     valid[row] = True
   return table, valid
+
+
+def half_of_others(
+  annotated: int, others: int, *, draws: int, seed: int = 0
+) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+  """Rows of views, half of which are of images that nobody annotated.
+
+  Args:
+    annotated: images, numbers 0 .. annotated - 1; they take turns.
+    others: images, whose numbers follow; in an order drawn anew for each round.
+    draws: rows of a step, at least 2; of an odd number annotated ones get the
+      one more.
+    seed: 0 .. 2**32 - 1.
+
+  Returns:
+    A function as `episode_tables` gives it.
+
+  Raises:
+    ValueError: fewer than two rows.
+  """
+  if draws < 2:
+    raise ValueError(
+      f'episodes.draws={draws}: views of annotated and of other images need 2 '
+      'rows at least'
+    )
+  half = draws // 2
+
+  @functools.lru_cache(2)
+  def order(round_):
+    return np.random.RandomState([seed, round_]).permutation(others)
+
+  def rows(step):
+    own = (step * (draws - half) + np.arange(draws - half)) % annotated
+    rounds, places = np.divmod(step * half + np.arange(half), others)
+    drawn = [
+      annotated + order(int(round_))[place]
+      for round_, place in zip(rounds, places, strict=True)
+    ]
+    made = np.concatenate([own, drawn]).astype(np.int32)
+    return made[:, None], np.ones(draws, bool)
+
+  return rows
 
 
 def episode_tables(present, *, kind, subsample=None, seed=0, draws=None):

@@ -40,14 +40,18 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
 
   Args:
     logits: [b, H, W, 1+n].
-    labels: [b, H, W] int; `VOID` pixels add and count nothing.
+    labels: [b, H, W] int; `VOID` pixels add and count nothing. Or shares of
+      the labels, [b, H, W, 1+n], whose sum is 1; 0 where it is void.
 
   Returns:
     The sums [b] over pixels, and the counts [b].
   """
+  log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+  if labels.ndim == logits.ndim:
+    total = -(labels * log_p).sum((1, 2, 3))
+    return total, labels.any(-1).sum((1, 2)).astype(jnp.float32)
   void = labels == VOID
   index = jnp.where(void, 0, labels)[..., None]
-  log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
   log_p = jnp.take_along_axis(log_p, index, -1)[..., 0]
   total = -jnp.where(void, 0, log_p).sum((1, 2))
   return total, (~void).sum((1, 2)).astype(jnp.float32)
@@ -58,19 +62,23 @@ def dice(logits: Array, labels: Array) -> Array:
 
   Args:
     logits: [b, H, W, 1+n].
-    labels: [b, H, W] int; `VOID` pixels count nowhere.
+    labels: as `cross_entropy` takes them; void counts nowhere.
 
   Returns:
-    [b], 0..1: of the classes that the labels show. Of one class alone it counts
-    where it is not shown, too: what is found there is too much.
+    [b], 0..1: of the classes that the labels show, of shares those that have a
+    half somewhere. Of one class alone it counts where it is not shown, too:
+    what is found there is too much.
   """
-  known = (labels != VOID)[..., None]
+  if labels.ndim == logits.ndim:
+    known, y = labels.any(-1, keepdims=True), labels
+  else:
+    known = (labels != VOID)[..., None]
+    y = (labels[..., None] == jnp.arange(logits.shape[-1])) * known
   p = jax.nn.softmax(logits.astype(jnp.float32)) * known
-  y = (labels[..., None] == jnp.arange(logits.shape[-1])) * known
   p, y = p[..., 1:], y[..., 1:]
   both, all_ = (p * y).sum((1, 2)), (p + y).sum((1, 2))
   lost = 1 - (2 * both + 1) / (all_ + 1)
-  shown = y.any((1, 2)) | (logits.shape[-1] == 2)
+  shown = (y >= 0.5).any((1, 2)) | (logits.shape[-1] == 2)
   return (lost * shown).sum(-1) / jnp.maximum(shown.sum(-1), 1)
 
 

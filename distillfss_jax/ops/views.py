@@ -253,7 +253,7 @@ def look(
   inside = jnp.abs((places + side) % (2 * side) - side)
   first = which[:, None, None] * side**2
   nearest = jnp.minimum(inside.astype(jnp.int32), side - 1)
-  known = labels.reshape(n * side**2)[
+  known = labels.reshape(n * side**2, *labels.shape[3:])[
     first + nearest[..., 0] * side + nearest[..., 1]
   ]
 

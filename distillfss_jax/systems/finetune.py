@@ -21,7 +21,7 @@ from distillfss_jax.models import base as model_base
 from distillfss_jax.ops import losses, polarity, together, views
 from distillfss_jax.pretrained import weights
 from distillfss_jax.systems import base
-from distillfss_jax.types import Array, Losses, Prediction, Table
+from distillfss_jax.types import VOID, Array, Losses, Prediction, Table
 
 _MILD = views.Appearance(recoloured=0.0, inverted=0.0, permuted=0.0)
 _PLACES = 1024  # places of objects to aim at, of an image
@@ -103,14 +103,32 @@ class FineTune(base.System):
       ),
     )
 
-  def shared(self, images: Array, labels: Array) -> Annotated:
-    """The annotated images [M, H, W, 3] uint8 as views are drawn of them."""
-    if self.look.polar:
-      # Before a view is cut out: a part may have its objects as larger side.
-      grey = polarity.polar(images.astype(jnp.float32) / 255)
-      images = jnp.round(255 * grey).astype(jnp.uint8)
+  def shared(
+    self, images: Array, labels: Array, shares: Array | None = None
+  ) -> Annotated:
+    """The images as views are drawn of them.
+
+    Args:
+      images: uint8 [M, H, W, 3].
+      labels: [M, H, W] int32 of the first, the annotated ones, if there are
+        shares, and of all otherwise.
+      shares: uint8 [U, H, W, 1+n] of the other ones, in 255ths.
+    """
+
+    def kept(image):
+      if self.look.polar:
+        # Before a view is cut out: a part may have its objects as larger side.
+        grey = polarity.polar(image[None].astype(jnp.float32) / 255)
+        image = jnp.round(255 * grey[0]).astype(jnp.uint8)
+      return views.atlas(image[None])[0]
+
+    if shares is not None:
+      own = 255 * (labels[..., None] == jnp.arange(1 + self.ways))
+      shares = jnp.concatenate([own.astype(jnp.uint8), shares])
+      labels = jnp.where(shares.any(-1), shares.argmax(-1), VOID)
     places = views.places_of(jax.random.key(0), labels, self.ways, _PLACES)
-    return Annotated(views.atlas(images), labels, places)
+    atlas = jax.lax.map(kept, images)
+    return Annotated(atlas, labels if shares is None else shares, places)
 
   def losses(self, shared, batch, items):
     keys = items.keys
@@ -126,7 +144,9 @@ class FineTune(base.System):
         shared.places,
       )
     )(keys, batch.rows[:, 0])
-    seen, labels = seen[:, 0], labels[:, 0].astype(jnp.int32)
+    seen, labels = seen[:, 0], labels[:, 0]
+    soft = labels.ndim == 4
+    labels = labels / 255 if soft else labels.astype(jnp.int32)
     logits = self._logits(
       seen, lambda norm, x: norm.train(x, items.valid, items.axis)
     )
@@ -136,6 +156,8 @@ class FineTune(base.System):
       ),
       'dice': losses.dice(logits, labels),
     }
+    if soft:
+      labels = jnp.where(labels.any(-1), labels.argmax(-1), VOID)
     counts = base.confusion(labels, Prediction(logits))
     return Losses(sum(parts.values()), parts, {'train_miou/student': counts})
 

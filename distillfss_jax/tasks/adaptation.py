@@ -4,12 +4,16 @@ The support set is on the device from the start; a step is a table of indices
 into it.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
+from absl import logging
 
 from distillfss_jax import datasets, parallel
-from distillfss_jax.data import pipeline
+from distillfss_jax.data import download, pipeline, transforms
 from distillfss_jax.data import support as support_lib
+from distillfss_jax.datasets import folder
 from distillfss_jax.evaluators import brightness, images, metrics, otsu
 from distillfss_jax.evaluators.base import Protocol
 from distillfss_jax.systems.base import masks_of
@@ -34,6 +38,7 @@ PROTOCOLS = (
 
 
 CALIBRATION = 'test_confidence'
+MOST_UNLABELLED = 2000  # images; at 384 pixels they take 3 GB
 
 
 class Data(base.Data):
@@ -71,10 +76,24 @@ class Data(base.Data):
       if not self.present[:, way].any():
         raise ValueError(_without(name, way, dataset, ids, config))
     self.tables = episode_tables(config, self.present)
+    if which := config.support.get('unlabelled', ''):
+      self.unlabelled = unlabelled_images(
+        which, dataset, indices, config.data.image_size
+      )
+      self.tables = support_lib.half_of_others(
+        len(indices),
+        len(self.unlabelled.images),
+        draws=config.episodes.draws,
+        seed=config.seed,
+      )
 
   def ids(self):
-    tested = self.dataset.test
+    tested, more, digested = self.dataset.test, {}, ()
+    if self.unlabelled is not None:
+      more = {'unlabelled': list(self.unlabelled.ids)}
+      digested = (self.unlabelled.images,)
     return {
+      **more,
       'support': list(self.support.ids),
       'test': list(tested.ids),
       'sizes': self.sizes.tolist(),
@@ -85,6 +104,7 @@ class Data(base.Data):
         self.support.labels,
         tested.ids,
         getattr(tested, 'digests', None),
+        *digested,
       ),
     }
 
@@ -104,6 +124,60 @@ def _without(name, way, dataset, ids, config):
     'it: take larger images, more shots, another support.seed, or '
     "support.rule='per_class'"
   )
+
+
+def unlabelled_images(which: str, dataset, support, image_size: int):
+  """Images to learn from that nobody annotated, as a SupportSet without labels.
+
+  Args:
+    which: 'train', the training images that are no part of the support; or a
+      folder or zip of images.
+    dataset: a `core.Dataset`.
+    support: indices into its training part.
+    image_size: S.
+
+  Raises:
+    ValueError: there are none.
+    OSError: the folder cannot be read.
+  """
+  if which == 'train':
+    indices = np.setdiff1d(np.arange(len(dataset.train)), support)
+    if not len(indices):
+      raise ValueError(
+        f"support.unlabelled='train': all {len(support)} training images of "
+        f'{dataset.name} are in the support; name a folder of images'
+      )
+    found = pipeline.load_images(
+      dataset.train, _some(indices, which), image_size
+    )
+    return dataclasses.replace(found, labels=None)
+  with download.Files(which, 'support.unlabelled is a folder') as files:
+    names = _some(folder.images_of(files), which)
+    images, bad = download.photos(
+      files, names, lambda image: transforms.resize_image(image, image_size)
+    )
+  if not images:
+    raise ValueError(
+      f'support.unlabelled={which!r} has no image that can be read'
+      + (f' ({download.few(bad, 3)})' if bad else '')
+    )
+  if bad:
+    logging.warning('%s: left out, unreadable: %s', which, download.few(bad))
+  return pipeline.SupportSet(np.stack(list(images.values())), None, (*images,))
+
+
+def _some(items, which):
+  """As many as fit into memory, from all parts of them."""
+  if len(items) <= MOST_UNLABELLED:
+    return items
+  logging.warning(
+    'support.unlabelled=%s: %d of its %d images are taken, evenly',
+    which,
+    MOST_UNLABELLED,
+    len(items),
+  )
+  places = np.linspace(0, len(items) - 1, MOST_UNLABELLED).round().astype(int)
+  return [items[i] for i in places]
 
 
 def episode_tables(config, present: np.ndarray):
@@ -145,10 +219,13 @@ class Task(base.Task):
     return Table(element['table']), element['valid']
 
   def shared(self, state):
-    support = self.data.support
-    bank = self.program.shared(
-      self.variables(state), support.images, support.labels.astype(np.int32)
-    )
+    data, images = self.data, self.data.support.images
+    more = ()
+    if data.shares is not None:
+      images = np.concatenate([images, data.unlabelled.images])
+      more = (data.shares,)
+    labels = data.support.labels.astype(np.int32)
+    bank = self.program.shared(self.variables(state), images, labels, *more)
     return parallel.replicate(jax.device_get(bank), self.mesh)
 
   def test(self, state, show=()):

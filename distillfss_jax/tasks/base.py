@@ -31,8 +31,11 @@ class Data(abc.ABC):
     classes: names of those that are scored.
     per_epoch: steps of an epoch.
     size: how many there are to test on.
+    unlabelled: images that nobody annotated, to learn from too; None for none.
+    shares: what is taken for their labels, see `unlabelled.answer`.
   """
 
+  unlabelled, shares = None, None
   ways: int
   classes: tuple[str, ...]
   per_epoch: float
