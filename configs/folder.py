@@ -10,6 +10,8 @@ Arguments after the colon: name=..., shots=5, seed=0, smoke, and the recipe:
     recipe=paper  DistillFSS; takes method, backbone and student too. Published
                   weights (--config.model.init) make the difference between a
                   model and a demonstration.
+
+    unlabelled=DIR  a folder of more images, which ours and unet learn from, too
 """
 
 from configs import common

@@ -9,6 +9,7 @@ Arguments after the colon, separated by commas:
     backbone=swin_b|resnet50  student=full|light|attention  seed=0  smoke
     teacher=dcama|bam|hdmnet|ifa  data=nucleus|synthetic  recipe=paper|ours|unet
     model_shots=1|5, that the model of bam and hdmnet takes at once
+    unlabelled=train|DIR, images without labels that ours and unet learn from
 
 Published test mIoU (the best of a grid, selected on the test set), 5/10/25/50
 shots: DistillFSS Swin-B 69.6/71.2/68.2/80.0, ResNet-50 12.8/20.7/25.2/21.1;
