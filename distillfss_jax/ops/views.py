@@ -118,8 +118,8 @@ def draw(
   Args:
     key: all chance comes from it.
     images: `atlas` of [n, S, S, 3].
-    labels: [n, S, S] integers; or values of any dtype, nearest pixels of which
-      are taken.
+    labels: [n, S, S] integers; or values of any dtype, or [n, S, S, k] of them,
+      nearest pixels of which are taken.
     which: int [v], the image of each view.
     size: side of a view.
     geometry: where it lies.
@@ -177,7 +177,8 @@ def places_of(key: Array, labels: Array, ways: int, count: int) -> Array:
     )
     return found[way, jnp.arange(count)]
 
-  index = jax.vmap(of_image)(jax.random.split(key, n), flat)
+  # One image at a time: there may be many, and each takes its size per class.
+  index = jax.lax.map(lambda x: of_image(*x), (jax.random.split(key, n), flat))
   return jnp.stack([index // side, index % side], -1) + 0.5
 
 
@@ -236,13 +237,13 @@ def look(
 
   Args:
     images: `atlas` of [n, S, S, 3].
-    labels: [n, S, S].
+    labels: [n, S, S], or [n, S, S, k].
     which: int [v], the image of each frame.
     frames: [v, 2, 3], as `frame` makes them.
     size: side of a view.
 
   Returns:
-    float32 [v, size, size, 3] in [0, 1], and labels [v, size, size].
+    float32 [v, size, size, 3] in [0, 1], and labels [v, size, size, ...].
   """
   n, side = labels.shape[:2]
   steps = jnp.arange(size) + 0.5 - size / 2

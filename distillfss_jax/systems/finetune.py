@@ -52,9 +52,10 @@ LOOKS = {
 
 @flax.struct.dataclass
 class Annotated:
-  """The annotated images on the device.
+  """The annotated images on the device, and after them those that are not.
 
-  atlas: see `views.atlas`. labels [M, H, W] int32.
+  atlas: see `views.atlas`.
+  labels: [M, H, W] int32; or uint8 [M, H, W, 1+n], shares in 255ths.
   places [M, k, 2]: places of objects, see `views.places_of`.
   """
 
