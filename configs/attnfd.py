@@ -54,7 +54,7 @@ def get_config(arg=None):
     common.small_deeplab(config.model, arg.backbone)
     if arg.distiller != 'none':
       common.small_deeplab(config.teacher, arg.teacher_backbone)
-    config.epochs = 20.0
+    config.epochs = 8.0
     if arg.distiller == 'cirkd':
       config.distiller.fields.update(queued_pixels=512, queued_regions=128)
   return common.dense_done(config, arg)

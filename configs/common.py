@@ -269,7 +269,7 @@ def of_streets(
     config.data.image_size, config.dense.batch_size = 96, 8
     config.dense.recipe, config.eval.batch_size = 'none', 10
     config.eval.short_side, config.eval.native = False, False
-    config.eval.epochs, optim.lr = 5.0, 0.1
+    config.eval.epochs, optim.lr = 4.0, 0.1
 
 
 def undivided(config: ConfigDict, arg: types.SimpleNamespace) -> None:

@@ -36,5 +36,5 @@ def get_config(arg=None):
     common.undivided(config, arg)
   if arg.data == 'synthetic':
     common.small_deeplab(config.model, arg.backbone)
-    config.epochs = 20.0
+    config.epochs = 12.0
   return common.dense_done(config, arg)
