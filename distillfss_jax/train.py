@@ -89,8 +89,8 @@ def _run(config, workdir, stop):
     first = jax.process_index() == 0
     return files.read_json(results) if first else {}
   config = held_out.decide(config, data, workdir)
-  data.shares = unlabelled.answer(config, data, workdir)
   steps = total_steps(config, data.per_epoch)
+  data.shares = unlabelled.answer(config, data, steps, workdir)
   mesh = parallel.mesh()
   program = train_step.build(
     config, data.ways, mesh, steps=steps, per_epoch=data.per_epoch

@@ -22,25 +22,28 @@ FILE = 'unlabelled.npz'
 _TOGETHER = 4  # images that are answered at once
 
 
-def answer(config, data, workdir: pathlib.Path) -> np.ndarray | None:
+def answer(
+  config, data, steps: int, workdir: pathlib.Path
+) -> np.ndarray | None:
   """Soft labels of `data.unlabelled`, uint8 [u, S, S, 1+n] in 255ths.
 
   They are kept in the run's folder, so that a run that goes on learns what it
-  has learnt before. None if there are no such images.
+  has learnt before. None if there are no such images, or nothing is learnt.
 
   Args:
-    config: of the run, without open choices. Half of its steps' worth of views
-      is of annotated images: the first network sees as many.
+    config: of the run, without open choices.
     data: of its task: `support`, `unlabelled` and `ways`.
+    steps: of the run. Half of its views are of annotated images: the first
+      network sees as many.
     workdir: the run's folder.
   """
-  if data.unlabelled is None:
+  if data.unlabelled is None or not steps:
     return None
   path = workdir / FILE
   shape = (*data.unlabelled.images.shape[:3], 1 + data.ways)
   if path.exists():
     return _read(path, shape)
-  steps = max(config.steps // 2, 1)
+  steps = -(-steps // 2)
   steps += -steps % train_step.TOGETHER
   config = config.copy_and_resolve_references()
   config.steps, config.epochs, config.views.temperature = steps, 0.0, 1.0

@@ -390,16 +390,20 @@ def test_a_first_network_answers(tmp_path, monkeypatch):
   data = _data(side=64)
   images = np.stack([*data.support.images, *data.support.images[::-1]])[1:]
   data.unlabelled = types.SimpleNamespace(images=images)
-  shares = unlabelled.answer(made, data, tmp_path)
+  assert unlabelled.answer(made, data, 0, tmp_path) is None
+  assert not list(tmp_path.iterdir())  # nothing is learnt
+  shares = unlabelled.answer(made, data, 4, tmp_path)
   assert shares.shape == (5, 64, 64, 2)
   assert abs(shares.astype(int).sum(-1) - 255).max() <= 1
   np.testing.assert_array_equal(shares[1], shares[2])  # the same image
   monkeypatch.delattr(train_step, 'learn')  # it is not trained again
-  np.testing.assert_array_equal(unlabelled.answer(made, data, tmp_path), shares)
+  np.testing.assert_array_equal(
+    unlabelled.answer(made, data, 4, tmp_path), shares
+  )
   whole = (tmp_path / unlabelled.FILE).read_bytes()
   (tmp_path / unlabelled.FILE).write_bytes(whole[:200])
   with pytest.raises(ValueError, match='damaged'):
-    unlabelled.answer(made, data, tmp_path)
+    unlabelled.answer(made, data, 4, tmp_path)
 
 
 def test_a_run_learns_from_them(tmp_path):
