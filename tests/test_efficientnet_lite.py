@@ -276,6 +276,33 @@ def test_normalised_as_its_weights_expect():
   np.testing.assert_allclose(imagenet[0, 0, 0], wanted, rtol=1e-5)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('dilation', [1, 2])
+def test_the_gradient_of_a_depthwise_kernel_over_large_maps(dilation, dtype):
+  # These are taken row by row.
+  rng = np.random.default_rng(0)
+  x, dy = (
+    jnp.asarray(rng.normal(size=(2, 96, 90, 64)), dtype) for _ in range(2)
+  )
+  kernel = jnp.zeros((3, 3, 1, 64), dtype)
+
+  def ours(kernel):
+    return conv.conv2d(x, kernel, dilation=dilation, groups=64)
+
+  (dk,) = jax.jit(lambda kernel: jax.vjp(ours, kernel)[1](dy))(kernel)
+  edges = ((0, 0), (dilation, dilation), (dilation, dilation), (0, 0))
+  wide = np.pad(np.asarray(x, np.float64), edges)
+  for u in range(3):
+    for v in range(3):
+      read = wide[:, u * dilation :, v * dilation :][:, :96, :90]
+      wanted = (read * np.asarray(dy, np.float64)).sum((0, 1, 2))
+      np.testing.assert_allclose(
+        np.asarray(dk[u, v, 0], np.float64),
+        wanted,
+        atol=1e-3 if dtype == 'float32' else 4.0,
+      )
+
+
 @pytest.mark.parametrize('padding', ['SAME', None, 1])
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('size', [3, 5])

@@ -132,11 +132,14 @@ def _conv_for_cpu_bwd(form, residuals, dy):
     wide = jnp.concatenate(shifts[::-1], -1)
     dk = x.reshape(-1, c).T @ wide.reshape(-1, size * size * d)
     return dx, dk.reshape(c, size, size, d).transpose(1, 2, 0, 3)
+  depthwise = c == 1 and d == groups
+  if depthwise and stride == 1 and dy.size >= 2**20:
+    return dx, _depthwise_by_rows(x, dy, size, form).reshape(kernel.shape)
   shifts = _shifts(x, size, form, dy.shape[1:3])
   if groups == 1:
     flat = dy.reshape(-1, d)
     dk = jnp.stack([shift.reshape(-1, c).T @ flat for shift in shifts])
-  elif c == 1 and d == groups:
+  elif depthwise:
     dk = jnp.stack([(shift * dy).sum((0, 1, 2)) for shift in shifts])
   else:
     parts = dy.reshape(-1, groups, d // groups)
@@ -147,6 +150,26 @@ def _conv_for_cpu_bwd(form, residuals, dy):
       ]
     )
   return dx, dk.reshape(kernel.shape)
+
+
+def _depthwise_by_rows(x, dy, size, form):
+  """The gradient [size**2, c] of a depthwise kernel: a row of dy at a time.
+
+  Both maps are read once, and not once for each tap: half to a third of the
+  time, of maps that are larger than what a CPU's caches hold.
+  """
+  _, pads, dilation, _ = form
+  edges = ((0, 0), *pads, (0, 0))
+  x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(*edge, 0) for edge in edges])
+  at, cols = range(0, dilation * size, dilation), dy.shape[2]
+
+  def of(i):
+    row = jax.lax.dynamic_index_in_dim(dy, i, 1, keepdims=False)
+    read = jax.lax.dynamic_slice_in_dim(x, i, at[-1] + 1, 1)
+    taps = [read[:, u, v : v + cols] * row for u in at for v in at]
+    return jnp.stack([tap.sum((0, 1)) for tap in taps])
+
+  return jax.lax.map(of, jnp.arange(dy.shape[1])).sum(0)
 
 
 _conv_for_cpu.defvjp(_conv_for_cpu_fwd, _conv_for_cpu_bwd)
