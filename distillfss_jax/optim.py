@@ -61,6 +61,9 @@ def schedule(config, steps: int, per_epoch: float = 1.0) -> optax.Schedule:
   last step, 'stairs' by a factor at each of `stairs`; `warmup` rises to it from
   zero.
 
+  Parity: 'poly' counts steps from 0, as AttnFD does. BAM and HDMNet count from
+  1, so that their last step has rate 0: one step in thousands.
+
   Args:
     config: `config.optim`.
     steps: of the whole run.
