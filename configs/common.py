@@ -320,6 +320,16 @@ def of_polyps(config: ConfigDict, arg: types.SimpleNamespace) -> None:
     config.eval.batch_size, config.eval.epochs = 8, 5.0
 
 
+def polyp_pvt(model: ConfigDict, backbone: str) -> None:
+  """Sets Polyp-PVT over b0 to b5 of PVTv2; or lite0, which pip brings."""
+  model.name = 'polyp_pvt'
+  model.backbone.name = f'pvt_v2_{backbone}'
+  if backbone == 'lite0':
+    model.backbone.name = 'lite0'
+    if 'init' in model.backbone:
+      model.backbone.init = 'lite0'
+
+
 def dense_done(config: ConfigDict, arg: types.SimpleNamespace) -> ConfigDict:
   """The config, locked, and made small if the arguments ask for it."""
   if arg.smoke:

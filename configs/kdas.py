@@ -4,8 +4,9 @@
 
 The teacher is a run of configs/polyp_pvt.py, or a file of the original.
 Arguments after the colon: data=polyp|kvasir|synthetic, teacher=<run or file>,
-distiller=kdas|none|kd|dist|ickd|aicsd|lad, recipe=released|repaired,
-guide=mse|l1 (how symmetric maps are compared), augmented, select=validation|test (what checkpoints are
+distiller=kdas|none|kd|dist|ickd|aicsd|lad, teacher_backbone=b2|lite0 (what the
+teacher was trained with), recipe=released|repaired, guide=mse|l1 (how symmetric
+maps are compared), augmented, select=validation|test (what checkpoints are
 chosen on; the originals do it on test images), seed=N, smoke.
 
 released is what the code does: the attention terms have no gradient, so that
@@ -27,17 +28,16 @@ def get_config(arg=None):
     **common.POLYPS,
     distiller=DISTILLERS,
     teacher=str,
+    teacher_backbone=('b2', 'lite0'),
     recipe=('released', 'repaired'),
     guide=('mse', 'l1'),
   )
   config = common.segmentation(common.base())
   config.name = 'kdas'
-  config.model.name = 'polyp_pvt'
-  config.model.backbone.name = 'pvt_v2_b0'
+  common.polyp_pvt(config.model, 'b0')
   common.of_polyps(config, arg)
   if arg.distiller != 'none':
-    config.teacher.name = 'polyp_pvt'
-    config.teacher.backbone.name = 'pvt_v2_b2'
+    common.polyp_pvt(config.teacher, arg.teacher_backbone)
     config.teacher.init = arg.teacher
     common.distiller(config, arg.distiller)
   if arg.distiller == 'kdas':

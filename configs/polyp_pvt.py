@@ -4,6 +4,7 @@
 
 Its folder is then a teacher for configs/kdas.py. Arguments after the colon:
 data=polyp|kvasir|synthetic, backbone=b2|b0 (and b1, b3 to b5) of PVTv2,
+or lite0 (ours: EfficientNet-Lite0 with the ImageNet weights that pip brings),
 augmented (the original's default has no augmentation), select=validation|test (what checkpoints are
 chosen on; the originals do it on test images), seed=N, smoke.
 
@@ -20,12 +21,11 @@ def get_config(arg=None):
   arg = common.parse(
     arg,
     **common.POLYPS,
-    backbone=('b2', 'b0', 'b1', 'b3', 'b4', 'b5'),
+    backbone=('b2', 'b0', 'b1', 'b3', 'b4', 'b5', 'lite0'),
   )
   config = common.segmentation(common.base())
   config.name = 'polyp_pvt'
-  config.model.name = 'polyp_pvt'
-  config.model.backbone.name = f'pvt_v2_{arg.backbone}'
+  common.polyp_pvt(config.model, arg.backbone)
   common.of_polyps(config, arg)
   if arg.data == 'synthetic':
     config.epochs, config.optim.lr = 20.0, 5e-4
