@@ -565,6 +565,34 @@ def test_without_any_shot_all_is_background(tiny):
     assert np.isfinite(x).all()
 
 
+@pytest.mark.parametrize(
+  ('which', 'voting'), [('tiny', None), ('tiny', 2), ('tiny_concat', None)]
+)
+def test_images_are_memorized_as_their_pyramid_is(request, which, voting):
+  model = _with(request.getfixturevalue(which), voting=voting)
+  _, shots, masks, present = _episode_case()
+  masks = masks.astype(jnp.float32)
+  memory = jax.jit(lambda m, *x: m.memorize_images(*x))
+  whole = jax.jit(lambda m, x, *y: m.memorize(m.encode(x), *y))
+  found = memory(model, shots, masks, present)
+  _assert_near(found, whole(model, shots, masks, present))
+
+
+def test_memorizing_many_shots_takes_the_room_of_their_keys_alone(tiny):
+  def planned(shots):
+    shapes = [(1, shots, 64, 64, 3), (1, shots, 64, 64, 1), (1, shots, 1)]
+    types = np.uint8, np.float32, bool
+    inputs = map(jax.ShapeDtypeStruct, shapes, types)
+    memorize = jax.jit(lambda m, *x: m.memorize_images(*x))
+    return memorize.lower(tiny, *inputs).compile().memory_analysis()
+
+  few, many = planned(4), planned(64)
+  grown = many.temp_size_in_bytes - few.temp_size_in_bytes
+  kept = many.output_size_in_bytes - few.output_size_in_bytes
+  # Of tiny maps, masks are a third of that; pyramids would be all of it.
+  assert grown < 0.5 * kept
+
+
 @pytest.mark.slow
 def test_jit_changes_nothing(tiny):
   images, shots, masks, present = _episode_case()

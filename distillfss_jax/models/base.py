@@ -241,6 +241,15 @@ class FewShotSegmenter(nnx.Module):
       train: whether dropout acts; then `keys` [b] is one JAX key per episode.
     """
 
+  def memorize_images(self, images: Array, masks: Array, present: Array) -> Any:
+    """`memorize` of images [b, s, H, W, 3], uint8 or normalised, for tests.
+
+    A method whose memory is large finds it here without ever holding the
+    pyramids of all shots.
+    """
+    pyramid = self.encode_support(images, masks)
+    return self.memorize(pyramid, masks, present)
+
   @abc.abstractmethod
   def correlate(
     self,

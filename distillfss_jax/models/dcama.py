@@ -12,6 +12,7 @@ The numbering follows the original's: attention 0, 1, 2 belongs to stages 2, 3,
 """
 
 import flax
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -65,6 +66,7 @@ TORCH_NAMES = (
 )
 
 _TABLE = 10000  # rows of the original's table of positions
+_SHOTS = 3  # the axis of keys that counts them
 
 
 @flax.struct.dataclass
@@ -244,23 +246,49 @@ class DCAMA(base.FewShotSegmenter):
     keys: Array | None = None,
   ) -> Memory:
     present = ways.selections(present, self.voting)
-    votes = present.shape[-1]
-    held, values = [], []
-    for i, x in enumerate(pyramid[1:]):
-      x = x.swapaxes(1, 2)  # [b, l, s, h, w, c]
-      seed = _seeds(keys, i) if train else None
-      k = self.attention[i].key(self._tokens(x, seed))
-      held.append(self._split(k).transpose(0, 1, 4, 2, 3, 5))
-      v = resize.bilinear(masks, x.shape[3:5])
-      values.append(
-        jnp.repeat(v.reshape(*v.shape[:2], -1, v.shape[-1]), votes, axis=-1)
-      )
+    seeds = [_seeds(keys, i) if train else None for i in range(3)]
     skips = ()
     if self.concat_support:
       skips = tuple(
         _brightest(x[:, :, -1], present) for x in (pyramid[1], pyramid[0])
       )
-    return Memory(tuple(held), tuple(values), present, skips)
+    sizes = [x.shape[3:5] for x in pyramid[1:]]
+    return Memory(
+      self._keys(pyramid, seeds), _values(masks, sizes, present), present, skips
+    )
+
+  def memorize_images(self, images, masks, present):
+    """Shot by shot, straight into place: keys are as large as the pyramids."""
+    if self.concat_support:
+      return super().memorize_images(images, masks, present)
+    present, shots = ways.selections(present, self.voting), images.shape[1]
+
+    def keys_of(shot):
+      return self._keys(self.encode(shot))
+
+    def put(i, held):
+      shot = jax.lax.dynamic_slice_in_dim(images, i, 1, axis=1)
+      return tuple(
+        jax.lax.dynamic_update_slice_in_dim(x, k, i, _SHOTS)
+        for x, k in zip(held, keys_of(shot), strict=True)
+      )
+
+    one = images[:, :1]
+    held = tuple(
+      jnp.zeros((*x.shape[:_SHOTS], shots, *x.shape[_SHOTS + 1 :]), x.dtype)
+      for x in jax.eval_shape(keys_of, one)
+    )
+    held = jax.lax.fori_loop(0, shots, put, held)
+    sizes = [x.shape[3:5] for x in jax.eval_shape(self.encode, one)[1:]]
+    return Memory(held, _values(masks, sizes, present), present, ())
+
+  def _keys(self, pyramid, seeds=(None,) * 3):
+    """Keys of the support's tokens, per level [b, l, a, s, t, d]."""
+    held = []
+    for x, level, seed in zip(pyramid[1:], self.attention, seeds, strict=True):
+      k = level.key(self._tokens(x.swapaxes(1, 2), seed))
+      held.append(self._split(k).transpose(0, 1, 4, 2, 3, 5))
+    return tuple(held)
 
   def correlate(
     self,
@@ -395,6 +423,16 @@ def positions(tokens: int, channels: int) -> np.ndarray:
   )
   angle = np.arange(tokens, dtype=np.float32)[:, None] * rate
   return np.stack([np.sin(angle), np.cos(angle)], -1).reshape(tokens, channels)
+
+
+def _values(masks: Array, sizes, present: Array) -> tuple[Array, ...]:
+  """Masks [b, s, H, W, n] at the tokens of each level, [b, s, t, j]."""
+  found = []
+  for size in sizes:
+    x = resize.bilinear(masks, size)
+    x = x.reshape(*x.shape[:2], -1, x.shape[-1])
+    found.append(jnp.repeat(x, present.shape[-1], axis=-1))
+  return tuple(found)
 
 
 def _seeds(keys: Array, use: int) -> Array:

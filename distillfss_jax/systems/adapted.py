@@ -131,8 +131,9 @@ class AdaptedSystem(base.System):
 
   def memorize(self, support: Support):
     """The teacher's memory of a support set."""
-    pyramid = self.teacher.encode_support(support.images, support.masks)
-    return self.teacher.memorize(pyramid, support.masks, support.present)
+    return self.teacher.memorize_images(
+      support.images, support.masks, support.present
+    )
 
   def shared(self, images: Array, labels: Array) -> Bank:
     """Encodes the support set once, as the training step will see it."""

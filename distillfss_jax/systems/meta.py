@@ -85,8 +85,9 @@ class MetaSystem(base.System):
 
   def memorize(self, support: Support):
     """The meta learner's memory of a support set."""
-    pyramid = self.model.encode_support(support.images, support.masks)
-    return self.model.memorize(pyramid, support.masks, support.present)
+    return self.model.memorize_images(
+      support.images, support.masks, support.present
+    )
 
   def predict(self, images, memory, roles):
     pyramid = self.model.encode(images)
