@@ -368,8 +368,9 @@ def source(config: ConfigDict) -> ConfigDict:
   config.source.batch_size = 2  # episodes of a step, over all processes
   config.source.tests = 1000  # episodes to test on
   config.source.test_rule = 'pair'
-  config.source.test_seed = 0
-  config.source.test_seeds = ()  # more of them: the mean and the deviation
+  config.source.test_seed = 0  # of the episodes that checkpoints are chosen by
+  # Of the last test, with mean and deviation; of none, it is test_seed's.
+  config.source.test_seeds = ()
   config.source.test_recipe = 'none'  # | stretch | fit: how images are resized
   config.source.test_exact = False  # undone exactly; else as the originals do
   config.source.metric = 'class_miou'  # | fb_iou | reference_batch: what counts
@@ -625,7 +626,7 @@ def folds_done(config: ConfigDict, arg: types.SimpleNamespace) -> ConfigDict:
     config.eval.keep_best = False
     if 'source' in config:
       config.source.batch_size, config.source.tests = 2, 6
-      config.source.test_seeds = config.source.test_seeds[:1]
+      config.source.test_seeds = config.source.test_seeds[:2]
       config.source.generalised = min(config.source.generalised, 4)
     else:
       config.dense.batch_size = 2

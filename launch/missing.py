@@ -15,7 +15,8 @@ from launch.results import Run, todays
 def _argument(key, value):
   """A key of a config and its value, as what follows the colon has them."""
   if key == 'system':
-    return 'method', value.removesuffix('fss')
+    recipe = value in results.RECIPES
+    return 'recipe' if recipe else 'method', value.removesuffix('fss')
   short = {'support.shots': 'shots', 'model.backbone.name': 'backbone'}
   return short.get(key, key.removeprefix('data.args.')), value
 
@@ -164,7 +165,7 @@ def _hole(place, like, started, root):
   """Yields what is missing at a place and its command, if anything is."""
   kind, backbone, shots, (seed, draw) = place
   system, student = kind
-  if not student:  # it has none
+  if not (student and like.config['student']):  # one of both has none
     student = like.config['student'] if like.kind[0] == system else 'full'
   changes = {
     'system': system, 'support.shots': shots, 'model.backbone.name': backbone,

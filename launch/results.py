@@ -12,7 +12,8 @@ CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 AVERAGED = ('seed', 'support.seed')  # what a mean is taken over
 SYSTEMS = {'DistillFSS': 'distillfss', 'TransferFSS': 'transferfss'}
 MODELS = {'BAM': 'bam', 'HDMNet': 'hdmnet', 'DCAMA': 'dcama', 'IFA': 'ifa',
-          'SSP': 'ssp'}  # fmt: skip
+          'SSP': 'ssp', 'U-Net': 'unet'}  # fmt: skip
+RECIPES = ('ours', 'unet')  # of the system that is a fine-tuned U-Net
 NEEDED = {
   'name': str, 'system': str, 'student': str, 'seed': int, 'data.name': str,
   'model.backbone.name': str, 'support.shots': int, 'support.rule': str,
@@ -59,6 +60,10 @@ def kind_of(config: dict) -> tuple[str, str]:
   if 'distiller.name' in config:  # a row of a table of distillers
     name = config['distiller.name']
     return ('no distiller' if name == 'none' else name), 'full'
+  if config['system'] == 'finetune':
+    # Ours leaves the backbone as it is.
+    ours = 'decoder' in (config.get('optim.trainable') or ())
+    return RECIPES[0 if ours else 1], 'full'
   distills = config['system'] == 'distillfss'
   return config['system'], config['student'] if distills else ''
 
@@ -123,7 +128,7 @@ def load(folder: pathlib.Path) -> Run | None:
   config = configs.saved(folder / 'config.json')
   if not done and 'system' not in config:
     return None  # converted weights also have one
-  config = _whole(config)
+  config = _whole(_asked(folder, config))
   for key, kind in NEEDED.items():
     if type(config.get(key)) is not kind:
       raise ValueError(
@@ -131,23 +136,41 @@ def load(folder: pathlib.Path) -> Run | None:
         f'{config.get(key)!r}, not of type {kind.__name__}'
       )
   scored = files.read_json(folder / 'results.json') if done else None
-  return Run(folder, _defaults(config['name']) | config, scored)
+  return Run(folder, _defaults(config) | config, scored)
+
+
+def _asked(folder, config):
+  """A run's flat config as it was asked for: its own choices left open.
+
+  Each draw of the support chooses for itself, and is one draw of the same.
+  """
+  if not (folder / 'held_out.json').exists():
+    return config
+  told = files.read_json(folder / 'held_out.json')
+  chosen = told.get('choice') if isinstance(told, dict) else None
+  if not isinstance(chosen, dict):
+    raise ValueError(f'{folder}/held_out.json tells no choice')
+  return config | {k: x for k, x in configs.CHOSEN.items() if k in chosen}
 
 
 def _whole(config):
   """A flat config, also of a run whose support is drawn, or that has none."""
   lacks = {'source': SOURCE, 'dense': WITHOUT}.get(config.get('task'), {})
+  if config.get('system') == 'finetune':
+    lacks = {'student': ''}
   return lacks | config
 
 
-def _defaults(name):
+def _defaults(config):
   """What a run of a config has where it was saved before there was a key.
 
   The arguments of constructors have defaults of their own.
   """
+  kind, _ = kind_of(config)
+  arg = f'recipe={kind}' if kind in RECIPES else ''
   return {
     key: value
-    for key, value in (todays(name) or {}).items()
+    for key, value in (todays(config['name'], arg) or {}).items()
     if not {'args', 'fields'} & set(key.split('.'))
   }
 

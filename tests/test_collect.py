@@ -922,3 +922,47 @@ def test_protocols_are_never_averaged(tmp_path):
     assert fixed != ('source.protocol=released' in settings)
     assert cell.startswith('45.0' if fixed else '65.0')
   assert {row.method for row in report.rows} == {'IFA'}
+
+
+def few(runs, recipe, draw, score, choice=None):
+  """A run of a recipe for few images; `choice` is what it left open."""
+  name = f'recipe={recipe},shots=5,seed=0,config.support.seed={draw}'
+  changes = {'support.rule': 'random', 'support.seed': draw, **(choice or {})}
+  arg = f'recipe={recipe},shots=5,seed=0'
+  folder = put(runs, arg, score, name=name, changes=changes)
+  if choice:
+    told = {'choice': choice, 'scores': {}}
+    (folder / 'held_out.json').write_text(json.dumps(told))
+  return folder
+
+
+def test_recipes_for_few_images_are_rows(tmp_path):
+  """Each draw chooses for itself, and is a draw of one cell all the same."""
+  runs = tmp_path / 'runs'
+  choices = {'views.look': 'polarity', 'views.temperature': 1.25}
+  few(runs, 'ours', 1, 0.7, choices)
+  few(runs, 'ours', 2, 0.8, choices | {'views.look': 'recolour'})
+  few(runs, 'unet', 1, 0.6)
+  report, warnings = made(runs)
+  assert not warnings
+  rows = {(x[1], x[3]): cell for x, cell in cells(report).items()}
+  assert rows == {
+    ('ours', ''): '75.0 ± 7.1 (n=2)',
+    ('U-Net', ''): '60.0 (n=1)',
+  }
+  [(what, line)] = report.missing
+  assert 'U-Net' in what
+  assert 'support seed 2' in what
+  stem, arg, overrides, _ = flags_of(line)
+  assert (stem, overrides['support.seed']) == ('nucleus', '2')
+  assert 'recipe=unet' in arg
+  assert not any(key.startswith('views') for key in overrides)
+
+
+def test_a_choice_that_is_damaged_is_told(tmp_path, capsys):
+  folder = few(tmp_path, 'ours', 1, 0.7, {'views.look': 'polarity'})
+  few(tmp_path, 'ours', 2, 0.7, {'views.look': 'polarity'})
+  (folder / 'held_out.json').write_text('{}')
+  _, warnings = made(tmp_path)
+  assert len(warnings) == 1
+  assert 'held_out.json tells no choice' in warnings[0]

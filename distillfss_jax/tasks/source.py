@@ -77,8 +77,9 @@ class Data(base.Data):
     self.draw = episodes.Random(
       self.train, shots, source.rule, self.supports, source.pairs
     )
-    self.tables = {
-      seed: episodes.listed(
+
+    def listed(seed):
+      return episodes.listed(
         self.held_out,
         shots=shots,
         rule=source.test_rule,
@@ -86,9 +87,13 @@ class Data(base.Data):
         seed=seed,
         supports=self.supports,
       )
-      for seed in (source.test_seed, *source.test_seeds)
+
+    self.table = listed(source.test_seed)  # which checkpoints are chosen by
+    seeds = tuple(source.test_seeds) or (source.test_seed,)
+    self.tables = {
+      seed: self.table if seed == source.test_seed else listed(seed)
+      for seed in seeds
     }
-    self.table = self.tables[source.test_seed]
     self.general_tables = {
       seed: episodes.generalised(
         self.held_out, shots=shots, count=source.generalised, seed=seed
@@ -211,7 +216,9 @@ class Task(base.Task):
     self.evaluators = self._each(data.tables, found)
     general = [scoring.generalised(pool, known, places=places)]
     self.general = self._each(data.general_tables, general)
-    self.chooser = None
+    # On the way one seed must do, or the shots alone.
+    first = self.evaluators.get(config.source.test_seed)
+    self.chooser = first or self._each({0: data.table}, found)[0]
     if data.left_out is not None:
       [metric] = self._found(known, None)[:1]
       protocol = dataclasses.replace(
@@ -303,11 +310,7 @@ class Task(base.Task):
     return together(found, scored(self.general)) if self.general else found
 
   def validate(self, state):
-    """On the way one seed must do, or the shots alone."""
-    if self.chooser:
-      return self.chooser.run(self.variables(state), self.program.roles)
-    first = next(iter(self.evaluators.values()))
-    return first.run(self.variables(state), self.program.roles)
+    return self.chooser.run(self.variables(state), self.program.roles)
 
   def references(self, state):
     found, config = {}, self.config
@@ -316,8 +319,8 @@ class Task(base.Task):
     if config.source.prior:
       roles = ('prior',)
       metric = scoring.of_class(self.data.held_out, roles)
-      tables = {config.source.test_seed: self.data.table}
-      [evaluator] = self._each(tables, [metric]).values()
+      first = next(iter(self.data.tables.items()))
+      [evaluator] = self._each(dict([first]), [metric]).values()
       scored = evaluator.run(self.variables(state), roles)
       found['prior'] = scored.scores[metric.protocol.name]['prior']
     return found
@@ -355,11 +358,12 @@ class Task(base.Task):
     if not indices:
       return
     recipe = augment.get(self.config.source.test_recipe)
+    table = next(iter(self.data.tables.values()))
     batch = next(
       iter(
         pipeline.listed_episodes(
           self.data.held_out,
-          self.data.table[indices],
+          table[indices],
           recipe,
           recipe,
           image_size=self.config.data.image_size,
