@@ -59,9 +59,10 @@ def base() -> ConfigDict:
 
   config.eval = ConfigDict()
   config.eval.every = 0  # steps between tests on the way; 0 for none
-  config.eval.epochs = 0.0  # epochs between them, in place of `every`
+  config.eval.epochs = 0.0  # epochs between them; one of both is 0
   config.eval.keep_best = False  # conclude with the best of these, not the last
-  config.eval.patience = 0  # such tests without a better one; 0 never stops
+  # Such tests without a better one, of keep_best; 0 never stops.
+  config.eval.patience = 0
   config.eval.batch_size = 4
   config.eval.native = True  # also score at the images' own size
   config.eval.untrained = False  # also score the initial model
@@ -623,7 +624,7 @@ def folds_done(config: ConfigDict, arg: types.SimpleNamespace) -> ConfigDict:
   if arg.smoke:
     smoke(config)
     config.data.workers, config.epochs, config.eval.epochs = 0, 0.0, 0.0
-    config.eval.keep_best = False
+    config.eval.keep_best, config.eval.patience = False, 0
     if 'source' in config:
       config.source.batch_size, config.source.tests = 2, 6
       config.source.test_seeds = config.source.test_seeds[:2]

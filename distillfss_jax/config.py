@@ -165,6 +165,18 @@ def check_values(config: ConfigDict) -> None:
   ]
   if wrong:
     raise ValueError('; '.join(wrong))
+  every, epochs = values.get('eval.every', 0), values.get('eval.epochs', 0)
+  if every and epochs:
+    raise ValueError(
+      f'config.eval.every={every} and config.eval.epochs={epochs} both say '
+      'when to test on the way: set one of them to 0'
+    )
+  if values.get('eval.patience', 0) and not values.get('eval.keep_best'):
+    raise ValueError(
+      f'config.eval.patience={values["eval.patience"]} waits for a better '
+      'checkpoint, and none is kept: set config.eval.keep_best=True, or '
+      'patience to 0'
+    )
 
 
 def renamed(key: str) -> str:

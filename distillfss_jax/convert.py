@@ -165,7 +165,7 @@ def to_torch(folder: pathlib.Path, out: pathlib.Path) -> int:
   if out.suffix not in ('.pt', '.pth', '.safetensors'):
     raise ValueError(f'{out} must end in .pt, .pth or .safetensors')
   described = weights.description(folder)
-  arrays = weights.from_folder(folder)
+  arrays = weights.from_folder(folder, weights.kept(folder))
   model = described['model']
   students = [x for path, x in arrays.items() if path.startswith('student/')]
   name = model.get('name', 'dcama')

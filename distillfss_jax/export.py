@@ -19,7 +19,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from distillfss_jax import files
-from distillfss_jax.data import transforms
+from distillfss_jax.data import pipeline, transforms
 from distillfss_jax.exporting import graph, onnx, stablehlo, torch
 from distillfss_jax.inference import command, inputs, sources
 from distillfss_jax.inference.segmenter import as_image
@@ -195,14 +195,11 @@ def _some(count):
 def _sets(product):
   """{name: (images, labels)} to score on, at the model's size."""
   data, size = product.data, product.config.data.image_size
-  test = [data.dataset.test[i] for i in range(data.size)]
+  test = pipeline.load_images(data.dataset.test, range(data.size), size)
   support = getattr(data, 'support', None)
   return {
     **({'support': (support.images, support.labels)} if support else {}),
-    'test': (
-      [transforms.resize_image(x['image'], size) for x in test],
-      [transforms.resize_label(x['label'], size) for x in test],
-    ),
+    'test': (test.images, test.labels),
   }
 
 

@@ -1,12 +1,16 @@
-"""Writing a file whole or not at all, and reading what runs left behind."""
+"""Writing a file whole or not at all, reading what runs left, and digests."""
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
 import pathlib
 import tempfile
+from typing import Any
+
+import numpy as np
 
 LARGEST = 2**26  # bytes of a JSON file of a run; the largest list ids of images
 NESTED = 64  # levels of it; ours have up to 5
@@ -120,3 +124,15 @@ def _check_json(value):
     level = inner
   if level:
     raise RecursionError
+
+
+def digest_of(*parts: Any) -> str:
+  """A digest of arrays and texts: data that change under a run are noticed."""
+  found = hashlib.blake2b(digest_size=16)
+  for part in parts:
+    if isinstance(part, np.ndarray):
+      found.update(repr((part.shape, part.dtype.str)).encode())
+      found.update(np.ascontiguousarray(part).view(np.uint8).data)
+    else:
+      found.update(repr(part).encode())
+  return found.hexdigest()

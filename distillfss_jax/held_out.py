@@ -129,7 +129,7 @@ def score(
       initial,
       support.images[half[:kept]],
       support.labels[half[:kept]],
-      views=config.episodes.draws,
+      views=config.episodes.draws or kept,
       steps=STEPS,
       tell=lambda done, number=number: tell(number * STEPS + done),
     )

@@ -135,6 +135,13 @@ def gather(x: Any) -> np.ndarray:
   return raw.view(x.dtype).reshape(-1, *x.shape)
 
 
+def of_first(x: np.ndarray) -> np.ndarray:
+  """What process 0 has, in all; each gives an array of that shape and type."""
+  if jax.process_count() == 1:
+    return x
+  return np.asarray(multihost_utils.broadcast_one_to_all(x))
+
+
 def mesh(*, local: bool = False) -> Mesh:
   """All devices (of this process only, if local) along one axis, `data`."""
   devices = jax.local_devices() if local else jax.devices()

@@ -18,7 +18,7 @@ from distillfss_jax import files
 from distillfss_jax.data import download
 from distillfss_jax.inference import command, outputs, sources, truth
 from distillfss_jax.inference import inputs as inputs_lib
-from distillfss_jax.workdir import results, writer
+from distillfss_jax.workdir import locking, results, writer
 
 _LARGE = 2  # times as large as what was seen: shrunk so far, details are lost
 
@@ -38,6 +38,13 @@ def run(source, given, out, *, wanted, **options):
     ValueError, OSError: with one line that says what is wrong.
   """
   images = inputs_lib.find(given, out)
+  outputs.refuse_foreign(out)
+  masks = options['masks'] and pathlib.Path(options['masks']).expanduser()
+  if masks and masks.resolve().is_relative_to(out.resolve()):
+    raise ValueError(
+      f'--masks {masks} lies in --out {out}: predictions would be scored '
+      'against themselves; give the folder of the drawn masks'
+    )
   images = _readable(images, options['skip_bad'])
   sizes = inputs_lib.sizes(images)
   segmenter = sources.load(source, batch_size=options['batch_size'])
@@ -52,20 +59,22 @@ def run(source, given, out, *, wanted, **options):
   else:
     segmenter.window(scale)  # says at once what is no scale
   with files.writing(out, '--out'):
-    folder = outputs.Folder(
-      out, segmenter, wanted, scale=scale, overwrite=options['overwrite']
-    )
-    images = _predict(folder, images, options['skip_bad'])
-    if not images:
-      raise ValueError('none of the images can be decoded')
-    folder.conclude(images)
-    if drawn is None:
-      return None
-    scores = truth.scores(drawn, images, segmenter.classes, folder.mask)
-    files.write_atomically(
-      out / 'scores.json', json.dumps(scores, indent=2) + '\n'
-    )
-    return scores
+    out.mkdir(parents=True, exist_ok=True)
+    with locking.Lock(out, '--out'):
+      folder = outputs.Folder(
+        out, segmenter, wanted, scale=scale, overwrite=options['overwrite']
+      )
+      images = _predict(folder, images, options['skip_bad'])
+      if not images:
+        raise ValueError('none of the images can be decoded')
+      folder.conclude(images)
+      if drawn is None:
+        return None
+      scores = truth.scores(drawn, images, segmenter.classes, folder.mask)
+      files.write_atomically(
+        out / 'scores.json', json.dumps(scores, indent=2) + '\n'
+      )
+      return scores
 
 
 def _readable(images, skip_bad):
@@ -106,7 +115,7 @@ def _hint(segmenter, sizes):
 def _predict(folder, images, skip_bad):
   """Writes what is missing; gives the images that have outputs."""
   begin = time.monotonic()
-  todo = [one for one in images if folder.missing(one.name)]
+  todo = [one for one in images if folder.missing(one)]
   bad = set()
   progress = writer.Progress(len(todo), noun='image')
   for done, (one, pixels) in enumerate(_decoded(todo), 1):
@@ -183,7 +192,7 @@ def main(argv):
     logging.debug('where it failed', exc_info=True)
     # A file's name may have several lines.
     print('error:', *str(error).splitlines(), file=sys.stderr)
-    return 1
+    return locking.IN_USE if isinstance(error, locking.InUseError) else 1
   except KeyboardInterrupt:
     print('stopped; the same command goes on', file=sys.stderr)
     return 130

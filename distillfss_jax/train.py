@@ -198,6 +198,7 @@ class _Job:
     state = parallel.replicate(state, self.place.mesh)
     clock = {'start': time.monotonic() - begin}
     state = self._loop(state, found, extra, clock)
+    reached = int(state.step)
     state = self._chosen(state, extra)
     begin_test = time.monotonic()
     scored = task.test(state, show=task.to_show())
@@ -208,7 +209,7 @@ class _Job:
     }
     results = {
       'name': config.name,
-      'steps': self.steps,
+      'steps': reached,
       **scored.scores,
       'evaluations': {
         x.name: {'size': x.size, 'says': x.says, 'columns': dict(x.columns)}
@@ -316,11 +317,16 @@ class _Job:
     return state
 
   def _check_finite(self, step, log):
-    """Raises ValueError at a loss that is no number; nothing is saved of it."""
-    wrong = np.flatnonzero(~np.isfinite(log['loss']))
-    if wrong.size:
+    """Raises ValueError at a loss, or a gradient, that is no number.
+
+    Nothing is saved of it.
+    """
+    for name, what in (('loss', 'loss'), ('grad_norm', 'norm of the gradient')):
+      wrong = np.flatnonzero(~np.isfinite(log[name]))
+      if not wrong.size:
+        continue
       raise ValueError(
-        f'the loss is {log["loss"][wrong[0]]} at step {step + wrong[0] + 1}: '
+        f'the {what} is {log[name][wrong[0]]} at step {step + wrong[0] + 1}: '
         'the run stops, its newest checkpoint before that stays. Try a '
         f'smaller config.optim.lr (it is {self.config.optim.lr:g}), '
         'config.optim.clip_norm=1, config.optim.warmup, or pretrained weights '
@@ -430,7 +436,7 @@ class _Job:
 
   def _conclude(self, results, scored):
     """Writes pictures, curves and, last, the results: the run is finished."""
-    self._write_scores(self.steps, scored)
+    self._write_scores(results['steps'], scored)
     if jax.process_index():
       return
     self.task.show_end(scored)
@@ -603,6 +609,7 @@ def _claimed(config, workdir):
     try:
       if jax.process_index() == 0:
         lock = last.enter_context(_locked(workdir))
+        _check_same(config, workdir)  # another may have begun meanwhile
         files.write_atomically(workdir / 'config.json', _text(config))
     except (ValueError, OSError) as error:
       problem = error

@@ -41,8 +41,29 @@ def answer(
     return None
   path = workdir / FILE
   shape = (*data.unlabelled.images.shape[:3], 1 + data.ways)
-  if path.exists():
-    return _read(path, shape)
+  digest = _digest(config, data, steps)
+  kept = _read(path, shape, digest) if path.exists() else None
+  # Each process has made or read its own; floats need not agree everywhere.
+  return parallel.of_first(
+    _answered(config, data, steps, path, shape, digest)
+    if kept is None
+    else kept
+  )
+
+
+def _digest(config, data, steps):
+  """Of all that the soft labels follow from."""
+  said = [config[key].to_json() for key in ('model', 'optim', 'views')]
+  return files.digest_of(
+    data.support.images,
+    data.support.labels,
+    data.unlabelled.images,
+    [*said, str((config.seed, config.episodes.draws, steps))],
+  )
+
+
+def _answered(config, data, steps, path, shape, digest):
+  """Soft labels, made anew and kept."""
   steps = -(-steps // 2)
   steps += -steps % train_step.TOGETHER
   config = config.copy_and_resolve_references()
@@ -73,17 +94,25 @@ def answer(
     progress.update(first + len(some))
   if jax.process_index() == 0:
     stored = io.BytesIO()
-    np.savez_compressed(stored, shares=shares)
-    with files.writing(workdir):
+    np.savez_compressed(stored, shares=shares, digest=digest)
+    with files.writing(path.parent):
       files.write_atomically(path, stored.getvalue())
   logging.info('%s: soft labels of %d images', path, len(images))
   return shares
 
 
-def _read(path, shape):
-  """What the run has kept; ValueError where that is damaged."""
+def _read(path, shape, digest):
+  """What the run has kept; None where it follows from something else.
+
+  Raises:
+    ValueError: it is damaged.
+  """
   try:
-    shares = np.load(io.BytesIO(path.read_bytes()))['shares']
+    found = np.load(io.BytesIO(path.read_bytes()))
+    # Another config's run may have been stopped before it claimed the folder.
+    if 'digest' in found and str(found['digest']) != digest:
+      return None
+    shares = found['shares']
     if shares.shape != shape or shares.dtype != np.uint8:
       raise ValueError(f'{shares.dtype} {shares.shape} in place of {shape}')
     return shares

@@ -47,10 +47,12 @@ def rank(points: np.ndarray, count: int) -> np.ndarray:
   Returns:
     int64 [count], indices; of equals the earlier image.
 
+  It takes 4 bytes for each pair of images: 1.6 GB for 20,000.
+
   Raises:
     ValueError: there are not so many images.
   """
-  points = np.asarray(points, np.float64)
+  points = np.asarray(points, np.float32)
   n = len(points)
   if not 1 <= count <= n:
     raise ValueError(f'{count} images asked for, out of {n}')
@@ -59,7 +61,7 @@ def rank(points: np.ndarray, count: int) -> np.ndarray:
   nearest = np.full(n, distance.max())
   chosen = []
   for _ in range(count):
-    left = np.minimum(distance, nearest).mean(1)
+    left = np.array([np.minimum(row, nearest).mean() for row in distance])
     left[chosen] = np.inf
     chosen.append(int(left.argmin()))
     nearest = np.minimum(nearest, distance[chosen[-1]])
@@ -68,5 +70,9 @@ def rank(points: np.ndarray, count: int) -> np.ndarray:
 
 def _distances(points):
   square = (points**2).sum(1)
-  between = square[:, None] + square - 2 * points @ points.T
-  return np.sqrt(np.maximum(between, 0))
+  between = points @ points.T
+  between *= -2
+  between += square
+  between += square[:, None]
+  np.maximum(between, 0, out=between)
+  return np.sqrt(between, out=between)

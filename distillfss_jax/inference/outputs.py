@@ -41,6 +41,10 @@ COLUMNS = (
   'image', 'class', 'pixels', 'share', 'parts', 'mean_part', 'largest_part',
   'confidence',
 )  # fmt: skip
+_SETTINGS = 'settings.json'
+_TABLES = (
+  'predictions.csv', 'annotations.json', 'classes.txt', 'scores.json',
+)  # fmt: skip
 _ROWS = 512  # of an overlay, drawn at once
 
 
@@ -58,8 +62,30 @@ class Wanted:
   outlines: tuple[str, ...] = ()
 
 
+def refuse_foreign(out: pathlib.Path) -> None:
+  """Keeps what others have made, such as drawn masks, from being replaced.
+
+  Raises:
+    ValueError: something of an output's name is there, and no settings of ours.
+  """
+  path = out / _SETTINGS
+  if (
+    path.exists()
+    and {'digest', 'scale'}
+    <= files.read_json(path, 'give another --out').keys()
+  ):
+    return
+  there = [x for x in (_SETTINGS, *_TABLES) if (out / x).exists()]
+  there += [x for x in KINDS if (out / x).is_dir() and any((out / x).iterdir())]
+  if there:
+    raise ValueError(
+      f'{out} has {", ".join(there)}, which predict did not write and would '
+      'replace: give another --out'
+    )
+
+
 class Folder:
-  """The folder of all outputs.
+  """The folder of all outputs; it has passed `refuse_foreign`.
 
   Args:
     out: the folder; it is made if it is not there.
@@ -90,7 +116,7 @@ class Folder:
       'classes': list(segmenter.classes),
       'palette': [list(colour) for colour in segmenter.palette],
     }
-    path = out / 'settings.json'
+    path = out / _SETTINGS
     if path.exists() and not overwrite:
       before = files.read_json(path, 'give another --out, or --overwrite')
       if differ := [k for k, x in settings.items() if before.get(k) != x]:
@@ -106,8 +132,11 @@ class Folder:
   def _tidy(self):
     """Removes what a killed process has left half-written."""
     within = ((self.out / kind).rglob('.*') for kind in KINDS)
-    for path in itertools.chain(self.out.glob('.*'), *within):
-      if re.fullmatch(r'\..+\.\w{8}', path.name):  # as `files` names them
+    names = '|'.join(map(re.escape, (_SETTINGS, *_TABLES, 'shares')))
+    own = rf'\.({names})\.\w{{8}}'  # as `files` names them
+    half = [x for x in self.out.glob('.*') if re.fullmatch(own, x.name)]
+    for path in itertools.chain(half, *within):
+      if re.fullmatch(r'\..+\.\w{8}', path.name):
         path.unlink()
 
   def paths(self, name: str) -> dict[str, pathlib.Path]:
@@ -124,12 +153,29 @@ class Folder:
       kind: self.out / kind / f'{name}{end}' for kind, end in found.items()
     }
 
-  def missing(self, name: str) -> bool:
-    """Whether something of an image is not there yet."""
-    paths = self.paths(name)
+  def missing(self, one: Input) -> bool:
+    """Whether something of an image is not there yet.
+
+    Raises:
+      ValueError: what is there is of another image of that name.
+    """
+    paths = self.paths(one.name)
     try:
       record = files.read_json(paths['records'])
     except (OSError, ValueError):
+      return True
+    was, now = record.get('read'), _stamp(one.path)
+    if not isinstance(was, dict) or was.keys() != now.keys():
+      return True
+    if was != now and was['path'] != now['path']:
+      changed = {k for k in now if was[k] != now[k]}
+      if changed != {'path'}:  # else it was moved, or is named otherwise
+        raise ValueError(
+          f'{self.out} holds the outputs of {was["path"]} under the name '
+          f'{one.name}, which {one.path} would have, too: give another --out, '
+          'or --overwrite'
+        )
+    elif was != now:
       return True
     # A file may be left of what --overwrite has replaced since.
     made = record.get('made', ())
@@ -188,6 +234,7 @@ class Folder:
       files.write_atomically(path, outlines.text(made))
     record = {
       'image': one.file,
+      'read': _stamp(one.path),
       'size': list(size),
       'made': self._made(paths),
       'classes': measures(labels, classes, sums),
@@ -218,6 +265,16 @@ class Folder:
       named = ((one.file, self.mask(one.name)) for one in inputs)
       made = outlines.coco(named, self.segmenter.classes)
       files.write_atomically(self.out / 'annotations.json', outlines.text(made))
+
+
+def _stamp(path):
+  """What tells a file from others, and from what it was."""
+  known = path.stat()
+  return {
+    'path': str(path.resolve()),
+    'bytes': known.st_size,
+    'modified_ns': known.st_mtime_ns,
+  }
 
 
 def measures(

@@ -179,6 +179,12 @@ def as_image(image) -> np.ndarray:
     with open(image, 'rb') as file:
       return download.photo(file.read(), str(image))[0]
   if isinstance(image, Image.Image):
+    if image.mode[0] in 'IF':
+      # Pillow would clip the values to 255: a white image, without a word.
+      raise ValueError(
+        f'the image has more than 8 bits a pixel (mode {image.mode}): give it '
+        'as uint8'
+      )
     image = image.convert('RGB')
   image = np.asarray(image)
   if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:

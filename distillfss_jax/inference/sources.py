@@ -84,13 +84,17 @@ class Run:
     self._describe()
     self._system, _ = systems.build(self.config, len(self.classes))
     self.role = self._system.roles[0]
-    kept = 'best' if 'checkpoint' in self.results else 'checkpoints'
+    # What was scored, and nothing else: an older step would answer otherwise.
+    kept = weights.kept(folder)
+    step = self.results.get('checkpoint', self.results).get(
+      'step' if kept == 'best' else 'steps'
+    )
     graph, abstract = nnx.split(self._system)
     self._variables = params.merge(
-      params.flatten(abstract), weights.from_folder(folder, kept)
+      params.flatten(abstract), weights.from_folder(folder, kept, step)
     )
     self._graph, self._abstract = graph, abstract
-    self.digest = base.digest_of(
+    self.digest = files.digest_of(
       self.role, self.classes, *map(np.asarray, self._variables.values())
     )
 

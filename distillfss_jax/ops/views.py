@@ -129,6 +129,11 @@ def draw(
   Returns:
     images float32 [v, size, size, 3] in [0, 1], labels [v, size, size].
   """
+  if images.shape[0] * images.shape[1] > 2**31:
+    raise ValueError(
+      f'{len(images)} images of {labels.shape[1]} pixels are more than 32 bits '
+      'can count: take fewer or smaller ones'
+    )
   keys = jax.random.split(key, 3 * len(which)).reshape(3, -1)
 
   def aim(key, image):

@@ -245,16 +245,19 @@ def shapes_of(parts: Sequence[Part]) -> dict[str, tuple[int, ...]]:
 
 
 def from_folder(
-  folder: pathlib.Path, checkpoints: str = 'checkpoints'
+  folder: pathlib.Path,
+  checkpoints: str = 'checkpoints',
+  wanted: int | None = None,
 ) -> Arrays:
   """{path: array} of a run's folder, or of one that `convert` wrote.
 
   Args:
     folder: of the run.
     checkpoints: the folder in it: of the newest ones, or 'best'.
+    wanted: the step, if only one will do.
   """
   # 'rest' is what an older version called the buffers.
-  leaves = checkpoint.load(folder / checkpoints)
+  leaves = checkpoint.load(folder / checkpoints, wanted=wanted)
   return {
     path.partition('/')[2]: x
     for path, x in leaves.items()
@@ -326,7 +329,7 @@ def _read(row, variables, leave):
   """What a row's file or folder gives, {path: array}."""
   found = hub.find(row.source.partition('#')[0])
   if found.is_dir():
-    given = _of_folder(from_folder(found, _kept(found)), row)
+    given = _of_folder(from_folder(found, kept(found)), row)
     left = leave.matched(given) | leave.paths
     given = {path: x for path, x in given.items() if path not in left}
   else:
@@ -342,7 +345,7 @@ def _read(row, variables, leave):
   return loaded
 
 
-def _kept(folder):
+def kept(folder: pathlib.Path) -> str:
   """Which checkpoints of a run's folder it concluded with."""
   path = folder / 'results.json'
   chosen = path.is_file() and 'checkpoint' in files.read_json(path)

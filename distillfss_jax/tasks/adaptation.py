@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from distillfss_jax import datasets, parallel
+from distillfss_jax import datasets, files, parallel
 from distillfss_jax.data import download, pipeline, transforms
 from distillfss_jax.data import support as support_lib
 from distillfss_jax.datasets import folder
@@ -38,7 +38,7 @@ PROTOCOLS = (
 
 
 CALIBRATION = 'test_confidence'
-MOST_UNLABELLED = 2000  # images; at 384 pixels they take 3 GB
+MOST_UNLABELLED = 2000 * 384**2  # pixels; with their labels they take 3 GB
 
 
 class Data(base.Data):
@@ -99,7 +99,7 @@ class Data(base.Data):
       'sizes': self.sizes.tolist(),
       'classes': list(self.classes),
       'palette': [[int(x) for x in row] for row in self.dataset.palette],
-      'digest': base.digest_of(
+      'digest': files.digest_of(
         self.support.images,
         self.support.labels,
         tested.ids,
@@ -148,13 +148,13 @@ def unlabelled_images(which: str, dataset, support, image_size: int):
         f'{dataset.name} are in the support; name a folder of images'
       )
     found = pipeline.load_images(
-      dataset.train, _some(indices, which), image_size
+      dataset.train, _some(indices, which, image_size), image_size
     )
     return dataclasses.replace(found, labels=None)
-  with download.Files(which, 'support.unlabelled is a folder') as files:
-    names = _some(folder.images_of(files), which)
+  with download.Files(which, 'support.unlabelled is a folder') as found:
+    names = _some(folder.images_of(found), which, image_size)
     images, bad = download.photos(
-      files, names, lambda image: transforms.resize_image(image, image_size)
+      found, names, lambda image: transforms.resize_image(image, image_size)
     )
   if not images:
     raise ValueError(
@@ -166,17 +166,18 @@ def unlabelled_images(which: str, dataset, support, image_size: int):
   return pipeline.SupportSet(np.stack(list(images.values())), None, (*images,))
 
 
-def _some(items, which):
+def _some(items, which, image_size):
   """As many as fit into memory, from all parts of them."""
-  if len(items) <= MOST_UNLABELLED:
+  most = max(1, MOST_UNLABELLED // image_size**2)
+  if len(items) <= most:
     return items
   logging.warning(
     'support.unlabelled=%s: %d of its %d images are taken, evenly',
     which,
-    MOST_UNLABELLED,
+    most,
     len(items),
   )
-  places = np.linspace(0, len(items) - 1, MOST_UNLABELLED).round().astype(int)
+  places = np.linspace(0, len(items) - 1, most).round().astype(int)
   return [items[i] for i in places]
 
 

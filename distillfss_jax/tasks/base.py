@@ -6,7 +6,6 @@ does not fit is said then; a task is made of them and of what was compiled.
 
 import abc
 import dataclasses
-import hashlib
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
@@ -183,15 +182,3 @@ def check_shared(batch_size: int, key: str) -> None:
       f'{key}.batch_size={batch_size} is no multiple of the '
       f'{jax.device_count()} devices'
     )
-
-
-def digest_of(*parts: Any) -> str:
-  """A digest of arrays and texts: data that change under a run are noticed."""
-  found = hashlib.blake2b(digest_size=16)
-  for part in parts:
-    if isinstance(part, np.ndarray):
-      found.update(repr((part.shape, part.dtype.str)).encode())
-      found.update(np.ascontiguousarray(part).view(np.uint8).data)
-    else:
-      found.update(repr(part).encode())
-  return found.hexdigest()

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from distillfss_jax import datasets, parallel
+from distillfss_jax import datasets, files, parallel
 from distillfss_jax.data import augment, core, mask_meaning, pipeline
 from distillfss_jax.evaluators import metrics
 from distillfss_jax.evaluators.base import Beside, Protocol, joined
@@ -105,7 +105,7 @@ class Data(base.Data):
       'sizes': _few(self.train.sizes),
       'classes': list(self.classes),
       'palette': [[int(x) for x in row] for row in self.dataset.palette],
-      'digest': base.digest_of(found, digests),
+      'digest': files.digest_of(found, digests),
     }
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from distillfss_jax import datasets, parallel
+from distillfss_jax import datasets, files, parallel
 from distillfss_jax.data import augment, core, episodes, pipeline
 from distillfss_jax.evaluators import episodes as scoring
 from distillfss_jax.evaluators.base import over_seeds, together
@@ -139,7 +139,7 @@ class Data(base.Data):
     """The episodes that are tested; what is trained on is drawn."""
     named = episodes.by_name(self.held_out, self.table)
     trained = self.train.source.ids, self.train.pairs
-    ids = {'test': named, 'digest': base.digest_of(*trained, named)}
+    ids = {'test': named, 'digest': files.digest_of(*trained, named)}
     if self.supports is not None:
       ids['support'] = {
         name: [self.train.source.ids[i] for i in row]

@@ -280,23 +280,31 @@ class Checkpointer:
 
 
 def load(
-  directory: str | os.PathLike, renamed: Mapping[str, str] | None = None
+  directory: str | os.PathLike,
+  renamed: Mapping[str, str] | None = None,
+  wanted: int | None = None,
 ) -> dict[str, np.ndarray]:
   """All leaves of the newest step that verifies, {path: array}.
 
   Args:
     directory: a `checkpoints/` folder; nothing in it is changed.
     renamed: as `Checkpointer.restore` takes it.
+    wanted: the step that it has to be, if only one will do.
 
   Raises:
     OSError: there is no such folder.
-    ValueError: no step in it is intact, or two leaves are `renamed` to one.
+    ValueError: no step in it is intact, or not the wanted one, or two leaves
+      are `renamed` to one.
   """
   directory = pathlib.Path(os.path.abspath(directory))
   if not directory.is_dir():
     raise FileNotFoundError(f'there is no folder {directory}')
-  steps = (int(p.name) for p in directory.iterdir() if p.name.isdecimal())
+  steps = [int(p.name) for p in directory.iterdir() if p.name.isdecimal()]
   reasons = []
+  if wanted is not None:
+    if wanted not in steps:
+      reasons.append(f'step {wanted} is not there')
+    steps = [step for step in steps if step == wanted]
   for step in sorted(steps, reverse=True):
     try:
       record = _read_record(directory / str(step))
@@ -307,10 +315,16 @@ def load(
     except Exception as error:  # damaged bytes can raise anything at all
       reasons.append(f'step {step}: {_first_line(error)}')
   else:
+    which = 'no checkpoint' if wanted is None else 'not the one that was scored'
     raise ValueError(
-      f'no checkpoint in {directory} is intact'
+      f'{which} in {directory} is intact'
       + (f' ({"; ".join(reasons)})' if reasons else ': there is none')
     )
+  if reasons:
+    logging.warning(
+      'Step %d in %s is taken, for what is newer is damaged (%s)',
+      step, directory, '; '.join(reasons),
+    )  # fmt: skip
   return _renamed(leaves, renamed)
 
 

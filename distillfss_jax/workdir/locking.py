@@ -45,10 +45,11 @@ class Lock:
 
   Args:
     folder: the run's folder, which exists.
+    option: of the command, which names it.
   """
 
-  def __init__(self, folder: str | os.PathLike):
-    self._path = pathlib.Path(folder) / LOCK
+  def __init__(self, folder: str | os.PathLike, option: str = '--workdir'):
+    self._path, self._option = pathlib.Path(folder) / LOCK, option
     self._mine = {**_me(), 'token': uuid.uuid4().hex}
     self._ended = threading.Event()
     self._lost = False
@@ -66,8 +67,8 @@ class Lock:
       if owner is not None and self._lives(owner):
         raise InUseError(
           f'{self._path.parent} is in use by process {owner["pid"]} on '
-          f'{owner["host"]}: wait for it, stop it, or give another --workdir. '
-          f'(If it is dead, remove {self._path})'
+          f'{owner["host"]}: wait for it, stop it, or give another '
+          f'{self._option}. (If it is dead, remove {self._path})'
         )
       if owner is None and seen is not None:
         time.sleep(HALF)  # it may be being written
