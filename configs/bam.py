@@ -29,6 +29,7 @@ def get_config(arg=None):
   config.model.name = 'bam'
   config.model.fields.classes = 1 + CLASSES[arg.data]
   config.model.fields.shots = config.support.shots = arg.shots
+  config.model.fields.head_dropout = 0.1  # acts in the frozen base learner
   config.source.rule = config.source.test_rule = 'image'
   config.source.batch_size, config.source.test_seed = 8, 321
   config.source.test_seeds = (510, 365, 382, 322, 988)

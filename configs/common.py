@@ -247,6 +247,8 @@ def of_streets(
     # Whether the published students saw SBD's labels is not known; the numbers
     # fit without (1464 images), and the teacher's with them (10582).
     config.data.args.augmented = arg.train == 'aug'
+  elif arg.data == 'camvid':
+    config.data.args.update(train='train', test='test')
   # Parity: what pads a small image is background for VOC.
   config.dense.recipe = (
     'attnfd' if arg.data == 'pascal' else 'attnfd_cityscapes'
@@ -552,7 +554,9 @@ def baseline(config: ConfigDict, name: str, shots: int) -> None:
   config.model.name, backbone, side, trains = BASELINES[name]
   fields = {'shot_major': False}
   if name not in ANY_SHOTS:
-    fields = {'classes': 61, 'shots': shots}
+    fields = {'classes': 61, 'shots': shots, 'head_dropout': 0.1}
+  if name == 'hdmnet':
+    fields['restored'] = False
   with config.unlocked():
     config.model.fields = ConfigDict(fields)
   config.model.backbone.name, config.data.image_size = backbone, side

@@ -2,12 +2,12 @@
 
     python -m distillfss_jax.main --config configs/ifa.py:data=synthetic --workdir runs/ssp
     python -m distillfss_jax.main --config configs/ifa.py:data=synthetic,stage=adapt --workdir runs/ifa --config.model.init=runs/ssp
-    python -m distillfss_jax.main --config configs/ifa.py:target=isic,shots=1 --config.model.backbone.init=resnet50.pth
-    python -m distillfss_jax.main --config configs/ifa.py:target=isic,shots=1,stage=adapt,protocol=fixed --config.model.init=runs/ssp
+    python -m distillfss_jax.main --config configs/ifa.py:target=isic,shots=1 --workdir runs/ssp_isic --config.model.backbone.init=resnet50.pth
+    python -m distillfss_jax.main --config configs/ifa.py:target=isic,shots=1,stage=adapt,protocol=fixed --config.model.init=runs/ssp_isic
 
 Arguments after the colon: stage=source|adapt; target=deepglobe|isic|chestxray|
-fss1000, or any dataset of configs/, what is adapted to and tested; shots=1|5;
-protocol=released|fixed; drops=early|late, when the rate falls; data=pascal|
+fss1000|nucleus|kvasir|lung|pothole|weedmap, what is adapted to and tested;
+shots=1|5; protocol=released|fixed; drops=early|late, when the rate falls; data=pascal|
 synthetic, the source; fold=0|1|2|3, of the synthetic one, whose classes are
 tested; backbone=resnet50|resnet101, seed=N, smoke.
 

@@ -14,7 +14,7 @@ Arguments after the colon, separated by commas:
 Published test mIoU (the best of a grid, selected on the test set), 5/10/25/50
 shots: DistillFSS Swin-B 69.6/71.2/68.2/80.0, ResNet-50 12.8/20.7/25.2/21.1;
 TransferFSS Swin-B 73.1/79.0/69.5/79.4. Those start from DCAMA weights trained
-on PASCAL; from random weights see the README.
+on PASCAL; from random weights see docs/weights.md.
 """
 
 from configs import common

@@ -363,6 +363,21 @@ def test_paths_that_were_renamed(two_steps, tmp_path):
     checkpoint.load(tmp_path)
 
 
+def test_a_wanted_step_and_no_other(two_steps, tmp_path, caplog):
+  first = np.asarray(small(1)['w'])
+  assert_same(checkpoint.load(two_steps, wanted=1)['w'], first)
+  folder = tmp_path / 'damaged'
+  shutil.copytree(two_steps, folder)
+  remove(folder / '2/record/metadata')
+  assert_same(checkpoint.load(folder)['w'], first)
+  assert 'Step 1' in caplog.text
+  assert 'step 2' in caplog.text
+  with pytest.raises(ValueError, match=r'not the one that was scored .*step 2'):
+    checkpoint.load(folder, wanted=2)
+  with pytest.raises(ValueError, match='step 7 is not there'):
+    checkpoint.load(folder, wanted=7)
+
+
 def test_renaming_takes_the_longest_beginning_once():
   leaves = {'a/b/c': 1, 'a/d': 2, 'b/e': 3}
   renamed = {'a/': 'b/', 'b/': 'a/', 'a/b/': 'x/'}

@@ -572,6 +572,20 @@ def test_numbers_that_no_run_can_have(key, value, said):
   configs.check_values(load('demo'))
 
 
+@pytest.mark.parametrize(
+  ('values', 'said'),
+  [
+    ({'eval.patience': 3, 'eval.every': 2}, 'patience=3 waits .*keep_best'),
+    ({'eval.epochs': 1.0, 'eval.every': 2}, 'every=2 and .*epochs=1.0 both'),
+  ],
+)
+def test_options_that_would_do_nothing(values, said):
+  config = load('demo', 'smoke')
+  config.update_from_flattened_dict(values)
+  with pytest.raises(ValueError, match=said):
+    configs.check_values(config)
+
+
 def test_no_temperature_turns_labels_around():
   """A negative one would, without a word."""
   config = load('nucleus', 'recipe=ours')

@@ -365,7 +365,7 @@ def test_the_other_training_images():
 
 
 def test_many_images_are_thinned_out(monkeypatch, caplog):
-  monkeypatch.setattr(adaptation, 'MOST_UNLABELLED', 3)
+  monkeypatch.setattr(adaptation, 'MOST_UNLABELLED', 3 * 32**2)
   dataset = datasets.load('synthetic', num_train=8, num_test=2, image_size=64)
   found = adaptation.unlabelled_images('train', dataset, [0], 32)
   assert found.ids == tuple(dataset.train.ids[i] for i in (1, 4, 7))
@@ -400,6 +400,10 @@ def test_a_first_network_answers(tmp_path, monkeypatch):
   np.testing.assert_array_equal(
     unlabelled.answer(made, data, 4, tmp_path), shares
   )
+  made.seed += 1  # those of another run are not taken
+  with pytest.raises(AttributeError, match='learn'):
+    unlabelled.answer(made, data, 4, tmp_path)
+  made.seed -= 1
   whole = (tmp_path / unlabelled.FILE).read_bytes()
   (tmp_path / unlabelled.FILE).write_bytes(whole[:200])
   with pytest.raises(ValueError, match='damaged'):

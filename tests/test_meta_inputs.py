@@ -179,5 +179,6 @@ def test_settings_of_the_tests():
     assert config.source.test_recipe == recipe
     assert (config.eval.native, config.source.test_exact) == (True, False)
     assert config.source.test_seed == 321
+    assert 321 not in config.source.test_seeds  # which chose the checkpoint
     kept = json.loads(config.to_json_best_effort())
     assert kept['source']['generalised'] == 0

@@ -29,6 +29,7 @@ from distillfss_jax.ops import resize
 from distillfss_jax.ops.metrics import Confusion
 from distillfss_jax.tasks import adaptation
 from distillfss_jax.types import Prediction
+from distillfss_jax.workdir import locking
 from tests import segmenters
 
 OPTIONS = {
@@ -765,3 +766,84 @@ def test_devices_that_are_not_there():
   assert jax.devices()
   command.place('cpu', 'x')
   jax.config.update('jax_platforms', before)
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['masks/a.png', 'classes.txt', 'annotations.json', 'records/notes.txt',
+   'settings.json'],
+)  # fmt: skip
+@pytest.mark.parametrize('overwrite', [False, True])
+def test_what_others_made_is_never_replaced(
+  model, pictures, tmp_path, name, overwrite
+):
+  """Such as masks that were drawn, in the folder of a dataset."""
+  out = tmp_path / 'dataset'
+  (out / name).parent.mkdir(parents=True)
+  (out / name).write_text('{}')
+  (out / '.env.template').write_text('mine')
+  before = contents(out)
+  with pytest.raises(ValueError, match='predict did not write'):
+    run([pictures], out, EVERYTHING, overwrite=overwrite)
+  assert contents(out) == before
+
+
+def test_files_of_others_beside_the_outputs_stay(model, pictures, tmp_path):
+  out = tmp_path / 'out'
+  out.mkdir()
+  (out / '.env.template').write_text('mine')
+  (out / '.settings.json.abcd1234').write_text('half')
+  run([pictures], out)
+  assert (out / '.env.template').read_text() == 'mine'
+  assert not (out / '.settings.json.abcd1234').exists()
+
+
+def test_another_image_of_the_same_name(model, drawn, tmp_path):
+  """It is an error, not the mask of the first; a changed one is done anew."""
+  out = tmp_path / 'out'
+  for i in range(2):
+    (tmp_path / f'day{i}').mkdir()
+    picture = Image.fromarray(drawn.test[i]['image'])
+    picture.save(tmp_path / f'day{i}' / 'a.png')
+  run([tmp_path / 'day0'], out)
+  first = contents(out)
+  with pytest.raises(ValueError, match=r'holds the outputs of .*day0/a\.png'):
+    run([tmp_path / 'day1'], out)
+  assert contents(out) == first
+  shutil.move(tmp_path / 'day0', tmp_path / 'moved')  # the same image
+  run([tmp_path / 'moved'], out)
+  assert contents(out) == first
+  shutil.copy(tmp_path / 'day1/a.png', tmp_path / 'moved/a.png')
+  with pytest.raises(ValueError, match='another --out, or --overwrite'):
+    run([tmp_path / 'moved'], out)
+  run([tmp_path / 'moved'], out, overwrite=True)
+  changed = contents(out)
+  assert changed['masks/a.png'] != first['masks/a.png']
+  other = drawn.test[0]['image']
+  Image.fromarray(other).save(tmp_path / 'moved/a.png')
+  run([tmp_path / 'moved'], out)
+  assert contents(out)['masks/a.png'] == first['masks/a.png']
+
+
+def test_predictions_are_not_scored_against_themselves(
+  model, pictures, tmp_path
+):
+  out = tmp_path / 'out'
+  run([pictures], out)
+  with pytest.raises(ValueError, match='against themselves'):
+    run([pictures], out, masks=str(out / 'masks'))
+
+
+def test_one_process_at_a_time(model, pictures, tmp_path):
+  out = tmp_path / 'out'
+  out.mkdir()
+  with locking.Lock(out), pytest.raises(locking.InUseError, match='--out'):
+    run([pictures], out)
+
+
+@pytest.mark.parametrize('mode', ['I;16', 'I', 'F'])
+def test_pictures_of_more_than_8_bits_are_refused(mode):
+  picture = Image.fromarray(np.full((8, 9), 3000, np.uint16))
+  picture = picture if mode == 'I;16' else picture.convert('I').convert(mode)
+  with pytest.raises(ValueError, match='more than 8 bits'):
+    segmenter_lib.as_image(picture)
