@@ -80,3 +80,20 @@ def test_two_devices_adapt_as_one(tmp_path):
     several.check_close(
       folder, tmp_path / 'one', 2, loss=1e-4, rtol=2e-3, atol=2e-4
     )
+
+
+def of_unlabelled():
+  """Two steps of our recipe, beside images that nobody annotated."""
+  made = configs.load(
+    f'{ROOT}/configs/nucleus.py:recipe=ours,data=synthetic,smoke,'
+    'unlabelled=train'
+  )
+  with made.unlocked():
+    made.steps, made.optim.name, made.optim.schedule = 2, 'sgd', 'constant'
+    made.log_every = made.checkpoint_every = 1
+  return made
+
+
+@pytest.mark.slow
+def test_all_processes_learn_the_same_of_unlabelled_images(tmp_path):
+  several.check_devices(tmp_path, 'test_several:of_unlabelled', (), 2)
