@@ -160,7 +160,9 @@ def test_baselines_of_the_paper(name, method):
     config = load(name, f'method={method},shots=20,model_shots={shots}')
     assert (config.system, config.steps) == ('transferfss', 0)
     assert config.model.name == method
-    assert config.model.fields.to_dict() == {'classes': 61, 'shots': shots}
+    fields = config.model.fields.to_dict()
+    assert (fields['classes'], fields['shots']) == (61, shots)
+    assert not fields.get('restored')  # as released
     assert config.model.backbone.name == 'resnet50_deep'
     assert config.data.image_size == 641
     assert config.support.shots == 20
