@@ -131,6 +131,7 @@ def score(
       support.labels[half[:kept]],
       views=config.episodes.draws or kept,
       steps=STEPS,
+      seed=config.seed,
       tell=lambda done, number=number: tell(number * STEPS + done),
     )
     for i in half[kept:]:

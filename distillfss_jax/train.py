@@ -278,7 +278,7 @@ class _Job:
         batches, places = feed.take(count)
         begin_step = time.monotonic()
         state, log = self.place.program.dispatch(
-          state, shared, batches, places, count
+          state, shared, batches, places, count, np.uint32(config.seed)
         )
         log = jax.device_get(parallel.local(log))
         elapsed = time.monotonic() - begin_step

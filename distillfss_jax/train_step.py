@@ -32,10 +32,12 @@ class Program:
   predict: variables, memory, images, roles -> {role: Prediction}.
   teach: variables, images -> what a batch may bring of its teacher's answers;
     None where these differ from step to step.
-  dispatch: state, shared, batches, places, count -> state, logs. Batches are
-    [t, b, ...] over t steps, of which `count` are taken; places [t, b] int32
-    are the numbers of the items in their batch, -1 for padding. Logs are
-    stacked over t: 'loss', 'parts' (means over items), 'counts', 'grad_norm'.
+  dispatch: state, shared, batches, places, count, seed -> state, logs. Batches
+    are [t, b, ...] over t steps, of which `count` are taken; places [t, b]
+    int32 are the numbers of the items in their batch, -1 for padding; the seed,
+    uint32, is that of all randomness: runs of many seeds share a program. Logs
+    are stacked over t: 'loss', 'parts' (means over items), 'counts',
+    'grad_norm'.
   rows: items of a batch -> b, which the devices can share.
   roles: what `predict` answers as. beside: what else; see `System`.
   takes: the type of batch.
@@ -109,7 +111,7 @@ def build(
     )
 
   micro = config.micro_batch or (1 if platform.on_cpu() else 8)
-  step = functools.partial(_step, config.seed, module, tx, micro)
+  step = functools.partial(_step, module, tx, micro)
   return Program(
     draw=draw,
     load=functools.partial(weights.load, config, system),
@@ -150,6 +152,7 @@ def learn(
   *,
   views: int,
   steps: int,
+  seed: int,
   tell: Callable[[int], object] = lambda done: None,
 ) -> dict:
   """A short training before a run, of a system that takes rows of one image.
@@ -162,6 +165,7 @@ def learn(
     labels: [m, S, S].
     views: of a step; the images take turns.
     steps: a multiple of `TOGETHER`.
+    seed: of all randomness.
     tell: is told how many are done.
 
   Returns:
@@ -175,7 +179,9 @@ def learn(
   for step in range(0, steps, TOGETHER):
     table = step * views + np.arange(TOGETHER * views, dtype=np.int32)
     table = Table((table % len(images)).reshape(*shape, 1))
-    state, _ = program.dispatch(state, shared, table, places, TOGETHER)
+    state, _ = program.dispatch(
+      state, shared, table, places, TOGETHER, np.uint32(seed)
+    )
     tell(step + TOGETHER)
   return parallel.local(state.variables)
 
@@ -187,27 +193,27 @@ def _rows(items, *, micro, devices):
   return devices * -(-each // micro) * micro
 
 
-def _dispatch(step, state, shared, batches, places, count):
+def _dispatch(step, state, shared, batches, places, count, seed=0):
   """Takes `count` steps; the logs of the others stay zero."""
   step = jax.jit(step)  # traced once, for its shapes and for the loop
 
   def batch_of(i):
     return jax.tree.map(lambda x: x[i], (batches, places))
 
-  _, shapes = jax.eval_shape(step, state, shared, *batch_of(0))
+  _, shapes = jax.eval_shape(step, seed, state, shared, *batch_of(0))
   logs = jax.tree.map(
     lambda x: jnp.zeros((len(places), *x.shape), x.dtype), shapes
   )
 
   def body(i, carry):
     state, logs = carry
-    state, log = step(state, shared, *batch_of(i))
+    state, log = step(seed, state, shared, *batch_of(i))
     return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), logs, log)
 
   return jax.lax.fori_loop(0, count, body, (state, logs))
 
 
-def _step(seed, module, tx, micro, state, shared, batch, places):
+def _step(module, tx, micro, seed, state, shared, batch, places):
   """The optimiser's updates of a batch, of which this device has a part.
 
   Independent items are taken `micro` at a time, coupled ones all at once; the
@@ -216,10 +222,10 @@ def _step(seed, module, tx, micro, state, shared, batch, places):
   decides the result.
 
   Args:
-    seed: of the run.
     module: variables -> the system.
     tx: the optimiser.
     micro: items at once.
+    seed: of the run.
     state: TrainState, the same on all devices.
     shared: what all steps read.
     batch: arrays [b, ...], this device's items.

@@ -80,6 +80,7 @@ def _answered(config, data, steps, path, shape, digest):
     data.support.labels,
     views=config.episodes.draws,
     steps=steps,
+    seed=config.seed,
     tell=progress.update,
   )
   progress = writer.Progress(len(images), noun='unlabelled image')

@@ -1226,3 +1226,18 @@ def test_attention_student_is_multi_head_attention():
         rtol=1e-4,
         atol=1e-5,
       )
+
+
+def test_runs_of_many_seeds_share_a_program():
+  """What is compiled for one is found in the cache for the next."""
+  texts = set()
+  for seed in (0, 7):
+    config = _small()
+    config.seed = seed
+    built = train_step.build(config, 2, parallel.mesh())
+    _, _, variables = _filled(config)
+    bank = built.shared(variables, *_support())
+    inputs = built.start(variables), bank, Table(_TABLES), _ALL, 1
+    traced = built.dispatch.trace(*inputs, np.uint32(seed))
+    texts.add(traced.lower().as_text())
+  assert len(texts) == 1
