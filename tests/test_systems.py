@@ -1235,9 +1235,9 @@ def test_runs_of_many_seeds_share_a_program():
     config = _small()
     config.seed = seed
     built = train_step.build(config, 2, parallel.mesh())
-    _, _, variables = _filled(config)
-    bank = built.shared(variables, *_support())
-    inputs = built.start(variables), bank, Table(_TABLES), _ALL, 1
-    traced = built.dispatch.trace(*inputs, np.uint32(seed))
-    texts.add(traced.lower().as_text())
+    variables = jax.eval_shape(built.draw)
+    bank = jax.eval_shape(built.shared, variables, *_support())
+    state = jax.eval_shape(built.start, variables)
+    inputs = state, bank, Table(_TABLES), _ALL, np.int32(1), np.uint32(seed)
+    texts.add(built.dispatch.trace(*inputs).lower().as_text())
   assert len(texts) == 1
