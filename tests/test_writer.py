@@ -7,6 +7,7 @@ import logging
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +147,9 @@ def test_open_tensorboard_purges_dropped_events(tmp_path):
   w.flush()
   watching = read(tmp_path, READERS[1])
   w.close()
+  # TensorBoard takes files by name: second, then the process's count of them,
+  # of which 10 comes before 9. A restarted run is a second later.
+  time.sleep(1.1)
   w = writer.SummaryWriter(tmp_path, resume_step=3)
   w.write_scalars(4, {'loss': 2.0})
   w.close()
