@@ -410,6 +410,7 @@ def test_a_first_network_answers(tmp_path, monkeypatch):
     unlabelled.answer(made, data, 4, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_them(tmp_path):
   made = config.load(
     'configs/nucleus.py:recipe=ours,data=synthetic,smoke,unlabelled=train'

@@ -111,6 +111,7 @@ def test_repaired_attnfd_trains_all_together(tmp_path):
   assert not any(path.startswith('teacher/') for path in paths)
 
 
+@pytest.mark.slow
 def test_a_teacher_is_a_run_of_the_same_data(tmp_path):
   train.run(small('deeplab'), tmp_path / 'teacher')
   before = several.state(tmp_path / 'teacher', 4)

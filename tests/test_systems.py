@@ -490,7 +490,6 @@ def _moved(arch, golden, prefix, after, before):
     pytest.param('tinyswin_focal_sub1', 10, marks=_slow),
     pytest.param('tinyswin_focal_sub1_lr1e-3', 10, marks=_slow),
     pytest.param('tinyswin_focal_sub3', 10, marks=_slow),
-    ('resnet50_distill_sub1_bntrain', 3),
     pytest.param('resnet50_distill_sub1_bntrain', 10, marks=_slow),
     pytest.param('resnet50_distill_sub1_bneval', 10, marks=_slow),
     pytest.param('resnet50_focal_none_bntrain', 10, marks=_slow),
