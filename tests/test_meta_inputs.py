@@ -182,3 +182,19 @@ def test_settings_of_the_tests():
     assert 321 not in config.source.test_seeds  # which chose the checkpoint
     kept = json.loads(config.to_json_best_effort())
     assert kept['source']['generalised'] == 0
+
+
+def test_the_last_test_has_seeds_of_its_own():
+  """What chose the checkpoint is no part of the mean, nor of what is named."""
+  config = bam.get_config('data=synthetic,smoke')
+  with config.unlocked():
+    config.source.test_seed, config.source.test_seeds = 321, (5, 6)
+  data = source.Data(config)
+  assert tuple(data.tables) == (5, 6)
+  assert (data.table == data.tables[5]).all()
+  assert (data.choosing != data.table).any()
+  config.source.test_seeds = (321, 6)
+  data = source.Data(config)
+  assert data.choosing is data.tables[321]
+  config.source.test_seeds = ()
+  assert tuple(source.Data(config).tables) == (321,)

@@ -68,12 +68,9 @@ def refuse_foreign(out: pathlib.Path) -> None:
   Raises:
     ValueError: something of an output's name is there, and no settings of ours.
   """
-  path = out / _SETTINGS
-  if (
-    path.exists()
-    and {'digest', 'scale'}
-    <= files.read_json(path, 'give another --out').keys()
-  ):
+  path, advice = out / _SETTINGS, 'give another --out'
+  known = files.read_json(path, advice) if path.exists() else {}
+  if {'digest', 'scale'} <= known.keys():
     return
   there = [x for x in (_SETTINGS, *_TABLES) if (out / x).exists()]
   there += [x for x in KINDS if (out / x).is_dir() and any((out / x).iterdir())]

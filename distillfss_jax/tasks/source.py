@@ -88,12 +88,12 @@ class Data(base.Data):
         supports=self.supports,
       )
 
-    self.table = listed(source.test_seed)  # which checkpoints are chosen by
     seeds = tuple(source.test_seeds) or (source.test_seed,)
-    self.tables = {
-      seed: self.table if seed == source.test_seed else listed(seed)
-      for seed in seeds
-    }
+    self.tables = {seed: listed(seed) for seed in seeds}
+    self.table = self.tables[seeds[0]]  # that is shown, and named in ids.json
+    self.choosing = self.tables.get(source.test_seed)
+    if self.choosing is None:
+      self.choosing = listed(source.test_seed)
     self.general_tables = {
       seed: episodes.generalised(
         self.held_out, shots=shots, count=source.generalised, seed=seed
@@ -218,7 +218,7 @@ class Task(base.Task):
     self.general = self._each(data.general_tables, general)
     # On the way one seed must do, or the shots alone.
     first = self.evaluators.get(config.source.test_seed)
-    self.chooser = first or self._each({0: data.table}, found)[0]
+    self.chooser = first or self._each({0: data.choosing}, found)[0]
     if data.left_out is not None:
       [metric] = self._found(known, None)[:1]
       protocol = dataclasses.replace(
@@ -319,8 +319,7 @@ class Task(base.Task):
     if config.source.prior:
       roles = ('prior',)
       metric = scoring.of_class(self.data.held_out, roles)
-      first = next(iter(self.data.tables.items()))
-      [evaluator] = self._each(dict([first]), [metric]).values()
+      [evaluator] = self._each({0: self.data.table}, [metric]).values()
       scored = evaluator.run(self.variables(state), roles)
       found['prior'] = scored.scores[metric.protocol.name]['prior']
     return found
@@ -358,12 +357,11 @@ class Task(base.Task):
     if not indices:
       return
     recipe = augment.get(self.config.source.test_recipe)
-    table = next(iter(self.data.tables.values()))
     batch = next(
       iter(
         pipeline.listed_episodes(
           self.data.held_out,
-          table[indices],
+          self.data.table[indices],
           recipe,
           recipe,
           image_size=self.config.data.image_size,
