@@ -10,6 +10,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import several
 import test_data_benchmark_a as small
 import test_data_camvid
 import test_data_chestxray
@@ -254,6 +255,36 @@ def test_ifa_goes_to_another_domain(name, arg, prepared, tmp_path):
     assert np.isfinite(before)
   else:  # of the same episodes, by the same weights
     assert before == pytest.approx(first['test']['teacher']['fb_iou'], abs=0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('system', ['bam', 'hdmnet'])
+@pytest.mark.parametrize('name', ['pascal', 'coco'])
+def test_base_and_meta_learner(name, system, prepared, tmp_path, monkeypatch):
+  """One after the other, from the owners' files; killed, the latter goes on."""
+
+  def config_of(which):
+    get_config = importlib.import_module(f'configs.{which}').get_config
+    config = get_config(f'data={name},fold=1,smoke')
+    config.data.args.data_dir = str(prepared(name))
+    config.data.args.min_area = 1
+    config.checkpoint_every = config.log_every = 1
+    return config
+
+  train.run(config_of('pspnet'), tmp_path / 'base')
+  config = config_of(system)
+  config.base.init = str(tmp_path / 'base')
+  if name == 'coco':  # whose few images show classes of two folds each
+    config.data.args.exclusive = False
+  config.source.test_seeds = (5, 6)
+  whole = train.run(config, tmp_path / 'whole')
+  again = several.killed_and_restarted(
+    config, tmp_path / 'killed', 2, monkeypatch
+  )
+  for evaluation in ('test', 'test_native', 'test_base'):
+    assert again[evaluation] == whole[evaluation]
+  assert list(whole['test']['final']['seeds']) == ['5', '6']
+  several.check_equal(tmp_path / 'killed', tmp_path / 'whole', config.steps)
 
 
 @pytest.mark.slow
