@@ -232,6 +232,7 @@ def test_wrong_flags(tmp_path, flags, said):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_one_run_in_a_folder(home, one):
   """A second one is refused; the first stops when asked to, and goes on."""
   workdir = home / 'used'

@@ -140,7 +140,8 @@ def numbers(tmp_path_factory):
 @pytest.mark.parametrize(
   ('name', 'devices', 'episodes'),
   [
-    ('two', 2, 6),
+    # Devices are quick ones in test_throwaway.py, processes in test_cluster.py.
+    pytest.param('two', 2, 6, marks=pytest.mark.slow),
     pytest.param('eight', 8, 8, marks=pytest.mark.slow),
     pytest.param('processes', 2, 6, marks=pytest.mark.slow),
   ],

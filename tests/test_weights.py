@@ -94,7 +94,7 @@ def assert_golden(shared, arch, config, roles):
 @pytest.mark.parametrize(
   ('arch', 'ending'),
   [
-    ('resnet50', '.safetensors'),
+    pytest.param('resnet50', '.safetensors', marks=pytest.mark.slow),
     pytest.param('swin', '.pt', marks=pytest.mark.slow),
   ],
 )
@@ -409,6 +409,7 @@ def command(*arguments, cwd=ROOT):
   )
 
 
+@pytest.mark.slow
 def test_the_command_both_ways_and_a_run(files, tmp_path):
   """File -> folder -> a run that starts there -> PyTorch."""
   folder, run = tmp_path / 'ours', tmp_path / 'run'
