@@ -5,6 +5,7 @@
     python -m distillfss_jax.speed --suite --out now.json
     python -m distillfss_jax.speed --compare before.json now.json
     python -m distillfss_jax.speed --config configs/nucleus.py --roofline
+    python -m distillfss_jax.speed --config configs/nucleus.py --reading
 
 Random images go through the config's model; no dataset is read. Compilation
 and the first call stay apart from the timed calls, each of which waits for its
@@ -14,7 +15,8 @@ students are measured beside each other, all other systems as the config has
 them.
 
 --suite times a fixed list of configs, --compare says what changed between two
-files, and --roofline runs nothing: it tells what a GPU or TPU cannot beat.
+files, --roofline runs nothing: it tells what a GPU or TPU cannot beat, and
+--reading times the config's data alone.
 """
 
 import sys
@@ -23,7 +25,14 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from distillfss_jax.measuring import bench, compare, programs, roofline, suite
+from distillfss_jax.measuring import (
+  bench,
+  compare,
+  programs,
+  reading,
+  roofline,
+  suite,
+)
 
 _CASES = ('what', 'shots', 'students', 'ways', 'batch_size')
 
@@ -50,7 +59,7 @@ def main(argv):
 
 def _check(values, rest):
   """Raises a ValueError where flags do not belong together."""
-  modes = ('suite', 'compare', 'roofline')
+  modes = ('suite', 'compare', 'roofline', 'reading')
   given = [f'--{name}' for name in modes if values[name].value]
   if len(given) > 1:
     raise ValueError(f'give one of {", ".join(given)}')
@@ -58,18 +67,18 @@ def _check(values, rest):
     raise ValueError('--compare takes two files, such as A.json B.json')
   if rest and not values.compare:
     raise ValueError(f'unknown arguments {rest}; see --help')
-  if values.suite or values.compare:
-    others = (
-      'config',
-      *_CASES,
-      *(('out', 'repeats') if values.compare else ()),
-    )
-    for name in others:
+  others = {
+    '--suite': ('config', *_CASES),
+    '--compare': ('config', *_CASES, 'out', 'repeats'),
+    '--reading': (*_CASES, 'out', 'repeats'),
+  }
+  for mode in given:
+    for name in others.get(mode, ()):
       if values[name].present:
-        raise ValueError(f'{given[0]} takes no --{name}')
-    if values.suite and not values.out:
-      raise ValueError('--suite needs a file, such as --out now.json')
-  elif values.config is None:
+        raise ValueError(f'{mode} takes no --{name}')
+  if values.suite and not values.out:
+    raise ValueError('--suite needs a file, such as --out now.json')
+  if values.config is None and not (values.suite or values.compare):
     raise ValueError('--config is missing, such as --config configs/nucleus.py')
 
 
@@ -77,7 +86,9 @@ def _one(values):
   """One config, timed or told in advance."""
   options = {x: values[x].value for x in (*_CASES, 'out')}
   options['name'] = config_flags.get_config_filename(flags.FLAGS['config'])
-  if values.roofline:
+  if values.reading:
+    print(reading.table(reading.run(values.config)))
+  elif values.roofline:
     print(roofline.table(roofline.run(values.config, **options)))
   else:
     found = bench.run(values.config, repeats=values.repeats, **options)
@@ -109,6 +120,7 @@ def define_flags():
   flags.DEFINE_bool('suite', False, 'Time the whole list of configs.')
   flags.DEFINE_bool('compare', False, 'Say what changed from file to file.')
   flags.DEFINE_bool('roofline', False, 'Run nothing: bounds of GPU and TPU.')
+  flags.DEFINE_bool('reading', False, "Read the config's data, no more.")
 
 
 if __name__ == '__main__':

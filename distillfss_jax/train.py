@@ -258,7 +258,8 @@ class _Job:
   def _steps(self, state, shared, step, feed, extra, clock):
     config = self.config
     progress = None
-    begin = time.monotonic()
+    begin = last_told = time.monotonic()
+    waited = 0.0  # seconds for data since then
     pace, logs = None, _unpack(extra.pop('pending', None))
 
     def save():
@@ -275,8 +276,10 @@ class _Job:
     while step < self.steps and not extra.get('stopped_early'):
       with self.stop.deferred():
         count = self._count(step, pace, feed.per_dispatch)
+        begin_wait = time.monotonic()
         batches, places = feed.take(count)
         begin_step = time.monotonic()
+        waited += begin_step - begin_wait
         state, log = self.place.program.dispatch(
           state, shared, batches, places, count, np.uint32(config.seed)
         )
@@ -289,11 +292,12 @@ class _Job:
         if progress is None:
           logging.info('the first step, with compilation: %.1f s', elapsed)
           progress = writer.Progress(self.steps, start=step)
-          elapsed = None
+          elapsed, last_told, waited = None, time.monotonic(), 0.0
         speed = progress.update(step, {'loss': logs[-1]['loss'][-1]})
         if step % config.log_every == 0 or step == self.steps:
-          self._log(step, logs, speed)
-          logs = []
+          now = time.monotonic()
+          self._log(step, logs, speed, waited / max(now - last_told, 1e-9))
+          logs, last_told, waited = [], now, 0.0
         pace, wanted = self._agree(elapsed and elapsed / count)
         if wanted:
           save()
@@ -408,7 +412,8 @@ class _Job:
     said = parallel.gather(np.array([pace or 0.0, self.stop.wanted]))
     return said[0, 0] or None, int(said[:, 1].max())
 
-  def _log(self, step, logs, speed):
+  def _log(self, step, logs, speed, waiting):
+    """Writes means of steps, their pace, and the share of waiting for data."""
     logs = jax.tree.map(lambda *x: np.concatenate(x), *logs)
     scalars = {'train/loss': logs['loss'].mean()}
     for name, values in logs['parts'].items():
@@ -417,7 +422,7 @@ class _Job:
       scalars[name] = Confusion(counts.astype(np.int64).sum(0)).miou
     scalars['train/grad_norm'] = logs['grad_norm'].mean()
     scalars['train/learning_rate'] = self.place.program.rate(step - 1)
-    scalars['steps_per_second'] = speed
+    scalars['steps_per_second'], scalars['data_wait'] = speed, waiting
     self._write_scalars(step, scalars)
 
   def _write_scores(self, step, scored):

@@ -96,7 +96,7 @@ def rows(workdir):
     {
       name: value
       for name, value in json.loads(line).items()
-      if name not in ('time', 'steps_per_second')
+      if name not in ('time', 'steps_per_second', 'data_wait')
     }
     for line in lines
   ]

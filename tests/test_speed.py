@@ -20,6 +20,7 @@ from distillfss_jax.measuring import (
   compare,
   counts,
   programs,
+  reading,
   roofline,
   suite,
 )
@@ -485,6 +486,30 @@ def test_the_suites_cases_can_be_asked_for(case):
 
 
 @pytest.mark.parametrize(
+  ('config', 'trains'),
+  [
+    ('demo.py:smoke', False),
+    ('kdas.py:data=synthetic,smoke', True),
+    ('bam.py:data=synthetic,smoke', True),
+  ],
+)
+def test_reading(config, trains, monkeypatch):
+  """Each way that a config's run reads images, beside decoding alone."""
+  monkeypatch.setattr(reading, 'MOST', 4)
+  rows = reading.run(configs.load(f'configs/{config}'))
+  named = [row['what'] for row in rows]
+  assert named == [
+    'decoding', 'records', 'test batches', *['training batches'] * trains
+  ]  # fmt: skip
+  assert rows[0]['of_decoding'] == 1
+  for row in rows:
+    assert row['images'] >= (4 if row['what'] == 'training batches' else 1)
+    assert row['ms'] > 0
+    assert row['of_decoding'] == rows[0]['ms'] / row['ms']
+  assert 'of_decoding' in reading.table(rows)
+
+
+@pytest.mark.parametrize(
   ('arguments', 'said'),
   [
     (('--suite', '--out', 'x.md'), 'must end in .json'),
@@ -492,6 +517,8 @@ def test_the_suites_cases_can_be_asked_for(case):
     (('--suite', '--out', 'x.json', *CONFIG), 'takes no --config'),
     (('--compare', '--repeats', '3', 'a', 'b'), 'takes no --repeats'),
     (('--compare', 'no.json', 'b.json'), 'no.json'),
+    (('--reading', *CONFIG, '--out', 'x.json'), '--reading takes no --out'),
+    (('--reading',), '--config is missing'),
     ((), '--config is missing'),
   ],
 )

@@ -14,6 +14,9 @@ from absl import flags
 from distillfss_jax.data import augment, core, transforms
 from distillfss_jax.types import VOID
 
+# Images that threads have read before another process would have started.
+_WORTH = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class SupportSet:
@@ -128,7 +131,8 @@ def test_batches(
     image_size: S, side of what the model sees.
     batch_size: B, per process.
     native: also give the labels at the size they were published in.
-    workers: processes that decode; 0 decodes in threads of this one.
+    workers: processes that decode, at most: few images are sooner decoded in
+      threads of this one, and 0 decodes all so.
     shard: (index, count) of this process; all have equally many batches, and
       batches of the same place have the same shapes in all of them.
 
@@ -161,7 +165,7 @@ def test_batches(
     .batch(batch_size)
     .to_iter_dataset(_read_options(4))
   )
-  return _in_processes(batches, workers)
+  return _in_processes(batches, workers, len(indices))
 
 
 test_batches.__test__ = False  # for pytest: not a test
@@ -208,7 +212,8 @@ def short_side_batches(
     image_size: S, the shorter side of what the model sees.
     batch_size: B, per process. Of a shape that fewer images have, a batch is
       smaller: the images of a shape are never of two batch sizes.
-    workers: processes that decode; 0 decodes in threads of this one.
+    workers: processes that decode, at most: few images are sooner decoded in
+      threads of this one, and 0 decodes all so.
     shard: (index, count) of this process, which has at least one batch.
     devices: the size of a batch is a multiple of it.
 
@@ -238,7 +243,7 @@ def short_side_batches(
     source, tuple(batches[part::parts]), tuple(shapes[part::parts]), image_size
   )
   batches = grain.MapDataset.source(made).to_iter_dataset(_read_options(2))
-  return _in_processes(batches, workers)
+  return _in_processes(batches, workers, len(source) // parts)
 
 
 def _checked_shard(batch_size, shard):
@@ -251,8 +256,16 @@ def _checked_shard(batch_size, shard):
   return part, parts
 
 
-def _in_processes(batches, workers):
-  """Has the batches made in processes of their own, where there are some."""
+def _in_processes(batches, workers, images=None):
+  """Has the batches made in processes of their own, where there are some.
+
+  Args:
+    batches: a grain IterDataset.
+    workers: how many processes at most.
+    images: how many there are to read; None for no end.
+  """
+  if images is not None:
+    workers = min(workers, images // _WORTH)
   if not workers:
     return batches
   if not flags.FLAGS.is_parsed():
@@ -517,4 +530,4 @@ def listed_episodes(
     .batch(batch_size)
     .to_iter_dataset(_read_options(2 * batch_size))
   )
-  return _in_processes(batches, workers)
+  return _in_processes(batches, workers, table[:, 1:].size // parts)
