@@ -686,8 +686,9 @@ def smoke(config: ConfigDict) -> ConfigDict:
   name = config.model.backbone.name
   if name not in SMALL.values():
     config.model.backbone.name = SMALL.get(name, 'resnet_tiny')
+    config.model.backbone.init = ''
   if 'views' in config:
-    config.model.backbone.init, config.model.backbone.fields = '', ConfigDict()
+    config.model.backbone.fields = ConfigDict()
     config.views.update(look='polarity', size=32, sides=(32.0, 96.0))
   config.steps, config.epochs = min(config.steps, 4), 0.0
   config.log_every = 2

@@ -2,7 +2,8 @@
 
     python -m distillfss_jax.main --config configs/demo.py
 
-Data are drawn from a seed and nothing is downloaded. `:smoke` takes seconds.
+Data are drawn from a seed, the backbone's weights came with the requirements,
+and nothing is downloaded. `:smoke` takes seconds.
 """
 
 from configs import common
@@ -16,13 +17,14 @@ def get_config(arg=None):
   config.name = 'demo'
   config.student = 'light'
   config.support.shots = 40
-  # What counts for a backbone without weights is the number of steps, so a
+  config.model.backbone.name = config.model.backbone.init = 'lite0'
+  # What counts for a backbone that learns, too, is the number of steps, so a
   # step is one random episode instead of all 40.
   config.episodes.kind = 'random'
   config.episodes.draws = 1
   config.loss.scale = 'mean'
   config.optim.schedule = 'cosine'
-  config.steps = 1200
+  config.steps = 600
   config.log_every = 50
   config.checkpoint_every = 200
   config.eval.batch_size = 8

@@ -490,7 +490,7 @@ def test_differences():
   assert configs.differences(text, config) == [
     "model.gone was 'x', is absent",
     "optim.trainable was ['D'], is ['D', 'student', 'backbone']",
-    'steps was 7, is 1200',
+    'steps was 7, is 600',
   ]
   assert configs.differences({'model': 3}, config) == [
     'model was 3, is absent'
