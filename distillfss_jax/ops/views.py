@@ -61,6 +61,7 @@ class Appearance:
   permuted: share whose channels change places.
   noise: largest deviation of the noise, of values in [0, 1].
   blurred: share that is blurred by a 3 x 3 binomial.
+  kept: share in which none of this changes anything.
   """
 
   gamma: float = 0.7
@@ -76,6 +77,7 @@ class Appearance:
   permuted: float = 0.5
   noise: float = 0.04
   blurred: float = 0.25
+  kept: float = 0.0
 
 
 def atlas(images: Array) -> Array:
@@ -325,7 +327,11 @@ def recolour(key: Array, image: Array, appearance: Appearance) -> Array:
   x = x @ jnp.where(chance[6] < a.permuted, jnp.eye(3)[order], jnp.eye(3))
   x = jnp.where(chance[7] < a.blurred, _blurred(x), x)
   deviation = a.noise * jax.random.uniform(k[6])
-  return jnp.clip(x + deviation * _noise(k[7], x.shape), 0, 1)
+  x = jnp.clip(x + deviation * _noise(k[7], x.shape), 0, 1)
+  if not a.kept:
+    return x
+  kept = jax.random.uniform(jax.random.fold_in(key, len(k))) < a.kept
+  return jnp.where(kept, image, x)
 
 
 def _ramp(key, values, light):
