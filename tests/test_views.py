@@ -248,6 +248,16 @@ def test_noise_has_its_deviation():
   assert np.abs(noise.mean((1, 2, 3))).max() < 0.01
 
 
+def test_some_views_keep_their_colours():
+  image = _picture()
+  changed = _recolour(image, inverted=1.0, noise=0.1)
+  found = _recolour(image, inverted=1.0, noise=0.1, kept=0.5)
+  kept = (found == image).all((1, 2, 3))
+  assert 4 <= kept.sum() <= 16  # of twenty
+  # What else is drawn does not change.
+  np.testing.assert_array_equal(found[~kept], changed[~kept])
+
+
 def test_values_are_stretched_between_percentiles():
   values = jnp.linspace(3.0, 5.0, 64 * 64).reshape(64, 64)
   x = np.asarray(views.stretched(values))
