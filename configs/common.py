@@ -18,7 +18,7 @@ def base() -> ConfigDict:
   config.data.name = 'synthetic'  # a file of distillfss_jax/datasets
   config.data.args = ConfigDict()  # for that file's load()
   config.data.image_size = 384
-  config.data.workers = 0  # processes that decode images
+  config.data.workers = 0  # processes that decode images, at most
 
   config.model = ConfigDict()
   config.model.name = 'dcama'  # a file of distillfss_jax/models

@@ -280,6 +280,16 @@ def test_a_flag_can_be_turned_off():
   assert load('nucleus', 'smoke=True') == load('nucleus', 'smoke')
 
 
+def test_the_demo_is_pretrained_and_its_smoke_needs_no_file():
+  backbones = (
+    load('demo').model.backbone,
+    load('demo', 'smoke').model.backbone,
+  )
+  assert [(x.name, x.init) for x in backbones] == [
+    ('lite0', 'lite0'), ('resnet_tiny', ''),
+  ]  # fmt: skip
+
+
 def test_overrides_keep_their_type():
   config = load('demo')
   with pytest.raises(TypeError):

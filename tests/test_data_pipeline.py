@@ -156,6 +156,16 @@ def test_workers_change_nothing(made, monkeypatch):
       np.testing.assert_array_equal(one[key], other[key])
 
 
+def test_few_images_start_no_process():
+  batches = object()
+  for workers, images in ((4, 255), (0, None), (0, 9999)):
+    assert pipeline._in_processes(batches, workers, images) is batches
+  with pytest.raises(AttributeError, match='mp_prefetch'):
+    pipeline._in_processes(batches, 4, 256)
+  with pytest.raises(AttributeError, match='mp_prefetch'):
+    pipeline._in_processes(batches, 1, None)
+
+
 @pytest.mark.parametrize('kind', support.KINDS)
 def test_step_tables(kind):
   tables = support.episode_tables(np.ones((4, 1)), kind=kind, subsample=2)

@@ -160,6 +160,10 @@ def test_a_run_leaves_its_folder(finished):
   assert len(ids['test']) == 4
   assert not set(ids['support']) & set(ids['test'])
   assert 'student/levels' in (workdir / 'log.INFO').read_text()
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  waits = [json.loads(line).get('data_wait') for line in lines]
+  assert any(waits)
+  assert all(0 <= x <= 1 for x in waits if x is not None)
   # The newest two checkpoints stay, and nothing half-written.
   assert steps_saved(workdir) == [STEPS - 2, STEPS]
   assert not list((workdir / 'checkpoints').glob('*tmp*'))

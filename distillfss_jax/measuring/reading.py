@@ -8,7 +8,7 @@ from PIL import Image
 
 from distillfss_jax import config as configs
 from distillfss_jax import parallel, tasks, train_step
-from distillfss_jax.data import download, pipeline
+from distillfss_jax.data import core, download, pipeline
 from distillfss_jax.tasks.base import Place
 from distillfss_jax.types import Table
 from distillfss_jax.workdir import results
@@ -42,7 +42,8 @@ def run(config) -> list[dict]:
   configs.check_values(config)
   data, kind = tasks.load(config)
   held_out = getattr(data, 'dataset', None)
-  source = _First(held_out.test if held_out else data.held_out.source)
+  source = held_out.test if held_out else data.held_out.source
+  source = core.Part(source, range(min(MOST, len(source))))
   records = (source[i] for i in range(len(source)))
   pngs = [(_png(record['image']), _png(record['label'])) for record in records]
   rows = [
@@ -61,20 +62,6 @@ def run(config) -> list[dict]:
 def table(rows: list[dict]) -> str:
   """The rows for people."""
   return results.table([row.values() for row in rows], [*rows[0]])
-
-
-class _First:
-  """The first records of a source; processes can be handed it."""
-
-  def __init__(self, source):
-    self._source = source
-    self.sizes = source.sizes[:MOST]
-
-  def __len__(self):
-    return len(self.sizes)
-
-  def __getitem__(self, i):
-    return self._source[range(len(self))[i]]
 
 
 def _png(array):
